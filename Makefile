@@ -1,0 +1,26 @@
+# Every target first makes .venv and installs the pinned packages, unless that is done: nothing needs to be set up by hand.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check setup
+run := .venv/bin/python
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+demo: setup ## fetch the pocket model's parts, train and score one cell, print where its page is
+	@$(run) -m mvlm.pocket.parts
+	$(run) train.py projector=ldpv2 data=v2 strategy=unfreeze_llm
+	@page=$$(ls -t runs/*/*.html 2>/dev/null | head -n 1); echo "the page of this run: $${page:-none was written}"
+
+test: setup ## the fast tests, on a CPU
+	@$(run) -m pytest -q
+
+test-slow: setup ## the tests that train
+	@$(run) -m pytest -q -m slow
+
+check: setup ## style, then the fast tests
+	@$(run) -m ruff check
+	@$(run) -m ruff format --check
+	@$(run) -m pytest -q
+
+setup: ## only the environment
+	@./setup.sh

@@ -1,0 +1,198 @@
+"""What a benchmark is: questions with their pictures, and a score that is a pure function of the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+PROTOCOL = "paper"
+"""The reference's prompts and scorers. A score made any other way must carry another name."""
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+"""The two sentences that end the reference's prompts."""
+
+Picture = Path | bytes
+"""A file, or the file's content where a benchmark keeps its pictures inside its table."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt to be answered."""
+
+    id: str
+    """Unique in its benchmark."""
+    text: str
+    """The whole prompt, without image tag and chat template."""
+    image: Picture | None
+    truth: Any
+    """Whatever the benchmark's own score compares with."""
+    group: str = ""
+    """Split, category or kind, where the score is told by it."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A benchmark's result."""
+
+    value: float
+    """0 to 100: what enters the average of the paper's tables."""
+    unit_value: float
+    """As the paper prints it: points for MME, else `value`."""
+    items: int
+    """Questions scored."""
+    per_question: dict[str, float]
+    """0 to 1 by question (MMBench: by circle of rotations), for paired comparisons."""
+    detail: dict[str, float]
+    """Figures beside the main one, in percent, MME's in points; counts where the name says so."""
+    interval: tuple[float, float]
+    """95 % interval of `value`, see `interval`."""
+    protocol: str = PROTOCOL
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return asdict(self) | {"interval": list(self.interval)}
+
+
+class Benchmark(Protocol):
+    """A folder of official files. `questions` and `score` need no model; files are read when they are called."""
+
+    name: str
+    max_new_tokens: int
+    """The reference's limit on an answer's length."""
+    crops: bool
+    """Whether the reference cuts this benchmark's pictures to their middle although it pads all others."""
+
+    def questions(self) -> list[Question]:
+        """Every question, with its picture known to be there.
+
+        Raises:
+            ValueError: a file is missing or is laid out otherwise; the message says where it comes from.
+        """
+        ...
+
+    def score(self, predictions: Mapping[str, str]) -> Score:
+        """The official score of the answers by question id.
+
+        Raises:
+            ValueError: an answer is missing.
+        """
+        ...
+
+
+def require(path: Path, source: str) -> Path:
+    """The path, if it is there.
+
+    Raises:
+        ValueError: it is not. Names the path, where it comes from and what to do.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} is missing. It comes from {source}: fetch it there, or name another folder")
+    return path
+
+
+def require_pictures(questions: Sequence[Question], source: str) -> list[Question]:
+    """The questions, if the files of all their pictures are there (not opened) and no id comes twice.
+
+    Raises:
+        ValueError: pictures are missing (their number and the first), ids repeat, or there is no question at all.
+    """
+    if not questions:
+        raise ValueError(f"no question was found; the files should be those of {source}")
+    if len({q.id for q in questions}) < len(questions):
+        twice = next(q.id for q in questions if sum(q.id == other.id for other in questions) > 1)
+        raise ValueError(f"question id {twice!r} comes more than once; ids must be unique (files of {source})")
+    files = {q.image for q in questions if isinstance(q.image, Path)}
+    gone = sorted(path for path in files if not path.is_file())
+    if gone:
+        raise ValueError(
+            f"{len(gone)} of {len(files)} pictures are missing, the first is {gone[0]}. "
+            f"They come from {source}: fetch them there, or name another folder"
+        )
+    return list(questions)
+
+
+def read_json(path: Path, source: str) -> Any:
+    """A JSON file.
+
+    Raises:
+        ValueError: missing, or not JSON; names the line.
+    """
+    try:
+        return json.loads(require(path, source).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}. It should be the file of {source}") from error
+
+
+def other_layout(path: Path, expected: str, source: str, error: Exception | str) -> ValueError:
+    """What to raise when a file reads well but holds something else."""
+    found = f"no {error}" if isinstance(error, KeyError) else error
+    return ValueError(f"{path} is laid out otherwise ({found}): {expected} is expected, as in the file of {source}")
+
+
+def answered(questions: Sequence[Question], predictions: Mapping[str, str]) -> None:
+    """Raises ValueError unless every question has an answer: half a benchmark is not scored silently."""
+    gone = [q.id for q in questions if q.id not in predictions]
+    if gone:
+        raise ValueError(
+            f"{len(gone)} of {len(questions)} questions have no answer, the first is {gone[0]!r}: "
+            "evaluate again, answers already stored are kept"
+        )
+
+
+def interval(
+    counts: Sequence[Sequence[float]],
+    pictures: Iterable[Hashable],
+    value: Callable[[np.ndarray], np.ndarray],
+    resamples: int = 1000,
+) -> tuple[float, float]:
+    """95 % bootstrap interval of a score, resampling pictures.
+
+    The questions of one picture are answered rightly or wrongly together (GQA asks 32 a picture), so drawing single
+    questions would promise too narrow an interval; drawing whole pictures does not. It covers the choice of
+    questions only: not the training's seed, and when every answer is right (or wrong) it has no width.
+
+    Args:
+        counts: (Q, K), what each question adds to the K sums the score is made of.
+        pictures: the picture of each question, Q of them.
+        value: (R, K) sums -> (R,) scores.
+        resamples: R; the ends move by a few hundredths of the width from 1,000 on.
+
+    Returns:
+        The 2.5 % and the 97.5 % quantile, the same at every call.
+    """
+    index: dict[Hashable, int] = {}
+    rows = [index.setdefault(picture, len(index)) for picture in pictures]
+    by_picture = np.zeros((len(index), len(counts[0])))
+    np.add.at(by_picture, rows, np.asarray(counts, float))
+    draw, n = np.random.default_rng(0), len(index)
+    sums = [np.bincount(draw.integers(n, size=n), minlength=n) @ by_picture for _ in range(resamples)]
+    low, high = np.quantile(value(np.stack(sums)), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mean_score(
+    marks: Mapping[str, float], pictures: Sequence[Hashable], items: int, detail: Mapping[str, float]
+) -> Score:
+    """A score that is the mean of marks from 0 to 1, in percent.
+
+    Args:
+        marks: by question (or whatever is marked as one).
+        pictures: the picture of each mark, in the same order.
+        items: questions behind the marks.
+    """
+    value = 100 * sum(marks.values()) / len(marks)
+    counts = [(mark, 1) for mark in marks.values()]
+    return Score(
+        value=value,
+        unit_value=value,
+        items=items,
+        per_question=dict(marks),
+        detail=dict(detail),
+        interval=interval(counts, pictures, lambda sums: 100 * sums[:, 0] / sums[:, 1]),
+    )

@@ -1,0 +1,104 @@
+"""From a configuration to its parts. Every script builds them here, so what was trained is what is evaluated, shown and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from mvlm.data.corpus import Corpus, sources_of
+from mvlm.data.dataset import LlavaDataset
+from mvlm.data.image import Pictures
+from mvlm.data.mixture import Mixture
+from mvlm.data.prompt import Template, template
+from mvlm.data.tokenizer import Tokenizer, load_tokenizer
+from mvlm.model.checkpoint import load_checkpoint, load_language, load_vision
+from mvlm.model.mobilevlm import MobileVLM
+from mvlm.run import Run
+
+STAGES = ("pretrain", "finetune")
+
+
+def corpus(cfg: DictConfig) -> Corpus:
+    """The files behind the sources' names; the pocket world is generated here on first use."""
+    return instantiate(cfg.corpus, _convert_="all")
+
+
+def tokenizer(cfg: DictConfig) -> Tokenizer:
+    """The language model's own tokenizer."""
+    return load_tokenizer(instantiate(cfg.model.tokenizer) if isinstance(cfg.model.tokenizer, DictConfig) else cfg.model.tokenizer)
+
+
+def model(cfg: DictConfig) -> MobileVLM:
+    """The model with fresh weights."""
+    return instantiate(cfg.model.module, _convert_="all")
+
+
+def pretrained(net: MobileVLM, cfg: DictConfig) -> None:
+    """Load what the model starts from: a tower and a language model, wherever the configuration says they are."""
+    weights = instantiate(cfg.model.weights, _convert_="all")
+    if weights["vision"]:
+        load_vision(net.vision, weights["vision"])
+    if weights["language"]:
+        load_language(net.language, weights["language"])
+
+
+def trained(run: Run) -> MobileVLM:
+    """The model as a run folder's last finished stage left it."""
+    net = model(run.config)
+    load_checkpoint(net, run.last_stage())
+    return net
+
+
+def pictures(cfg: DictConfig, stage: str) -> Pictures:
+    """How a stage turns picture files into pixels."""
+    look = cfg.model.pictures
+    return Pictures(look.size, cfg.recipe[stage].pictures, tuple(look.mean), tuple(look.std))
+
+
+def talk(cfg: DictConfig, stage: str = "finetune") -> Template:
+    """How a stage turns dialogues into text."""
+    return template(cfg.recipe[stage].template)
+
+
+def mixture(cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int) -> Mixture | None:
+    """A stage's samples, checked record by record; None if the stage has no data."""
+    names = list(cfg.data[stage])
+    if not names:
+        return None
+    return Mixture(
+        [
+            LlavaDataset(
+                source.annotations,
+                source.images,
+                talk(cfg, stage),
+                words,
+                pictures(cfg, stage),
+                image_tokens=image_tokens,
+                max_length=cfg.recipe.max_length,
+                source=source.name,
+            )
+            for source in sources_of(files, names, cfg.data.images)
+        ],
+        seed=cfg.seed,
+    )
+
+
+def precision(wanted: str = "auto") -> str:
+    """Lightning's word for the precision: bfloat16 where the hardware multiplies it, else float32.
+
+    A processor without bfloat16 instructions emulates them several times slower than float32.
+    """
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16-mixed" if any(f in flags for f in ("avx512_bf16", "amx_bf16", " bf16")) else "32-true"
+
+
+def autocast_type(word: str) -> torch.dtype | None:
+    """The type that autocast computes in under Lightning's word for a precision; None without autocast."""
+    return torch.bfloat16 if word.startswith("bf16") else torch.float16 if word.startswith("16") else None

@@ -1,0 +1,103 @@
+"""What the scripts at the root share: fast `--help`, overrides checked before anything is loaded, errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options, by what lies in conf/."""
+    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF.iterdir()) if d.is_dir()}
+
+
+def help_text(main: Callable, config: str) -> str:
+    """The script's own docstring, its groups and the page with its keys. Reads text only, so it takes no time."""
+    page = (CONF / f"{config}.yaml").read_text()
+    used = [name for name in groups() if f"- {name}:" in page or f"/{name}:" in page or name in ("recipe", "corpus") and "- model:" in page]
+    lines = [f"  {name}={' | '.join(groups()[name])}" for name in used]
+    shown = "\n\nchoices (conf/<group>/<option>.yaml):\n" + "\n".join(lines) if lines else ""
+    return textwrap.dedent(inspect.getmodule(main).__doc__ or "").strip() + shown + f"\n\nconf/{config}.yaml:\n" + textwrap.indent(page, "  ")
+
+
+def _keys(tree, prefix: str = "") -> list[str]:
+    from omegaconf import DictConfig, OmegaConf
+
+    found = []
+    for key in tree:
+        name = f"{prefix}{key}"
+        found.append(name)
+        if not OmegaConf.is_missing(tree, key) and isinstance(node := tree._get_node(key), DictConfig) and not node._is_none():
+            if not node._is_interpolation():
+                found += _keys(node, f"{name}.")
+    return found
+
+
+def check_overrides(config: str, overrides: list[str]) -> None:
+    """Refuse misspelt keys and options, naming the nearest right ones.
+
+    Raises:
+        ValueError: the first override that names nothing.
+    """
+    from hydra import compose, initialize_config_dir
+
+    options, chosen, rest = groups(), [], []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key not in options:
+            rest.append((override, key))
+            continue
+        for option in value.strip("[]").split(","):
+            if option.strip() and option.strip() not in options[key]:
+                raise ValueError(f"{key}={option}: there is no such {key}{_nearest(option, options[key])} (there are: {', '.join(options[key])})")
+        if "," not in value or value.startswith("["):
+            chosen.append(override)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        known = _keys(compose(config, chosen))
+    for override, key in rest:
+        if key.startswith("hydra") or override.startswith("+") or key in known:
+            continue
+        raise ValueError(
+            f"{override}: there is no key {key!r}{_nearest(key, known + list(options))}. "
+            f"To add a new one on purpose, write +{override}"
+        )
+
+
+def _nearest(word: str, among: list[str]) -> str:
+    close = difflib.get_close_matches(word, among, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def script(main: Callable, config: str) -> None:
+    """Run `main(cfg)` under Hydra. What a user can mend (ValueError, OSError) is told in one line; the rest keeps its traceback."""
+    arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(main, config))
+        return
+    try:
+        check_overrides(config, [a for a in arguments if "=" in a and not a.startswith("-")])
+        import hydra
+
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(guarded(main))()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def guarded(main: Callable) -> Callable:
+    """`main`, with the errors that a user can mend told without a traceback."""
+
+    def run(cfg) -> None:
+        try:
+            main(cfg)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
+
+    run.__module__, run.__name__ = main.__module__, main.__name__
+    return run

@@ -1,0 +1,147 @@
+"""The loader of one stage as a LightningDataModule: micro-batches in order, resumable at any optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mvlm.batch import Batch
+from mvlm.data.collate import collate_step
+from mvlm.data.dataset import LlavaDataset, Sample
+from mvlm.data.mixture import Mixture
+from mvlm.data.sampler import LengthGroupedSampler, RandomOrder, StepBatches, split
+
+
+class StepData(L.LightningDataModule):
+    """Micro-batches for a Trainer with `accumulate_grad_batches=data.accumulation` and `use_distributed_sampler=False`.
+
+    A worker loads the micro-batches of a whole step, so that each knows the labelled tokens of all of them.
+
+    Every step has the same number of micro-batches, and a checkpoint keeps the step: `trainer.fit(...,
+    ckpt_path=...)` goes on with the very samples that an uninterrupted run would have seen next.
+
+    Args:
+        dataset: what is trained on.
+        global_batch: samples of an optimizer step, over all devices.
+        micro_batch: samples that one device takes at a time.
+        world_size: devices.
+        rank: which one this is; None asks the trainer.
+        workers: processes that load beside the training; 0 loads in it.
+        seed: of the order.
+        order: `random`, or `grouped` by modality and length (the reference's multi-task stage).
+        start_step: optimizer step to begin with.
+        pad_id: id that pads the texts.
+        pin_memory: put batches where a GPU can fetch them by itself.
+
+    Raises:
+        ValueError: the global batch cannot be split exactly, or there is no such order.
+    """
+
+    def __init__(
+        self,
+        dataset: LlavaDataset | Mixture,
+        global_batch: int,
+        micro_batch: int,
+        *,
+        world_size: int = 1,
+        rank: int | None = None,
+        workers: int = 0,
+        seed: int = 0,
+        order: Literal["random", "grouped"] = "random",
+        start_step: int = 0,
+        pad_id: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.global_batch, self.micro_batch, self.seed = dataset, global_batch, micro_batch, seed
+        self.world_size, self.rank, self.start_step = world_size, rank, start_step
+        self._before = start_step  # steps that the trainer does not count
+        self.accumulation = split(global_batch, micro_batch, world_size)
+        if order == "grouped":
+            parts = self.accumulation * world_size
+            self.order = LengthGroupedSampler(dataset.lengths, micro_batch, parts, seed)
+        elif order == "random":
+            self.order = RandomOrder(len(dataset), seed)
+        else:
+            raise ValueError(f"the order is random or grouped, not {order!r}")
+        self._loading = {
+            "num_workers": workers,
+            "pin_memory": pin_memory,
+            "collate_fn": partial(collate_step, pad_id=pad_id),
+            "generator": torch.Generator(),  # else it draws from the one that training uses
+        }
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch; the last incomplete batch is one of them."""
+        return -(-len(self.dataset) // self.global_batch)
+
+    def train_dataloader(self) -> StepLoader:
+        """The micro-batches of this device."""
+        rank = self.rank if self.rank is not None else (self.trainer.global_rank if self.trainer else 0)
+        batches = StepBatches(self.order, self.global_batch, self.micro_batch, self.world_size, rank)
+        batches.seek(self.start_step)
+        return StepLoader(self.dataset, batches, self._loading)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the optimizer steps done, and all that the order depends on."""
+        done = self.trainer.global_step if self.trainer else 0
+        return {"step": self._before + done} | self._order_facts()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the steps of a checkpoint.
+
+        Raises:
+            ValueError: the order would be another one, so samples would be seen twice or never.
+        """
+        facts = self._order_facts()
+        if changed := {k: (state_dict.get(k), facts[k]) for k in facts if state_dict.get(k) != facts[k]}:
+            told = ", ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items())
+            raise ValueError(f"cannot go on inside this data: {told}; restore it or start the stage anew")
+        self.start_step = state_dict["step"]
+
+    def _order_facts(self) -> dict[str, Any]:
+        facts = {"samples": len(self.dataset), "global_batch": self.global_batch, "seed": self.seed}
+        facts["order"] = type(self.order).__name__
+        if isinstance(self.order, LengthGroupedSampler):
+            facts["micro_batch"] = self.micro_batch  # grouping balances micro-batches, so their size shapes the order
+        return facts
+
+
+class StepLoader:
+    """An iterable of single micro-batches, those of a step one after the other. Each pass is the next epoch.
+
+    Its length is that of a whole epoch, also where a pass begins in the middle of one: Lightning adds the batches
+    before a checkpoint to those it fetches.
+    """
+
+    def __init__(self, dataset: Dataset[Sample], batches: StepBatches, loading: dict[str, Any]) -> None:
+        self.dataset, self.batches, self.loading = _Steps(dataset), batches, loading
+
+    def __len__(self) -> int:
+        return self.batches.steps * self.batches.accumulation
+
+    def __iter__(self) -> Iterator[Batch]:
+        done = self.batches.epoch * self.batches.steps + self.batches.start
+        remaining = len(self.batches)
+        for micro_batches in DataLoader(self.dataset, batch_sampler=self.batches, **self.loading):
+            remaining -= 1
+            if remaining == 0:  # before the last batches are handed out: Lightning counts them and asks no further
+                self.batches.seek(done + 1)
+            done += 1
+            yield from micro_batches
+
+
+class _Steps(Dataset[list[Sample]]):
+    """Lets a DataLoader fetch micro-batches: its "sample" is a list of them."""
+
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: Sequence[int]) -> list[Sample]:
+        return [self.dataset[k] for k in indices]

@@ -1,0 +1,223 @@
+"""One pass over a corpus before anything is trained on it: what is there, what is broken, what would teach nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+from rich.table import Table
+
+from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN
+from mvlm.data.dataset import LlavaDataset
+from mvlm.data.image import PictureError, open_picture
+from mvlm.data.prompt import IMAGE_TAG
+
+BLANKED_LIMIT = 0.001
+"""Share of samples without any label above which a training stops."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One record that something is wrong with."""
+
+    record: int
+    """Its place in the file, from 0."""
+    id: str
+    kind: str
+    """`missing` picture, `format`, `corrupt` picture, `blanked` (no label), `unseen` (the picture's place was cut
+    off)."""
+    reason: str
+
+
+@dataclass
+class SourceReport:
+    """What was found in one source. Samples are the records that can be trained on as far as their text goes."""
+
+    source: str
+    annotations: str
+    sha256: str
+    """Of the annotation file: the record numbers below belong to it."""
+    samples: int = 0
+    text_only: int = 0
+    missing: int = 0
+    malformed: int = 0
+    corrupt: int = 0
+    blanked: int = 0
+    truncated: int = 0
+    unseen: int = 0
+    """Samples whose picture lost its place in the text to truncation."""
+    pictures: int = 0
+    """Distinct pictures."""
+    label_tokens: int = 0
+    tokens: dict[str, float] = field(default_factory=dict)
+    """min, median, p95 and max of the ids of a sample, pictures included."""
+    histogram: dict[str, int] = field(default_factory=dict)
+    """Samples with at most so many ids, and more than the power of two before."""
+    findings: list[Finding] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What was found in a corpus, a source at a time."""
+
+    sources: list[SourceReport]
+
+    def table(self) -> Table:
+        """The numbers that fit on a screen."""
+        columns = (
+            "samples",
+            "text_only",
+            "pictures",
+            "missing",
+            "malformed",
+            "corrupt",
+            "blanked",
+            "truncated",
+            "unseen",
+        )
+        table = Table(title="The corpus")
+        table.add_column("source")
+        for name in (*columns, "labels", "median", "p95", "max"):
+            table.add_column(name.replace("_", " "), justify="right")
+        for source in self.sources:
+            counts = [f"{getattr(source, name):,}" for name in columns]
+            lengths = [f"{source.tokens[name]:g}" if source.tokens else "-" for name in ("median", "p95", "max")]
+            table.add_row(source.source, *counts, f"{source.label_tokens:,}", *lengths)
+        return table
+
+    def exclusions(self) -> dict[str, Any]:
+        """Records to leave out because they or their pictures cannot be read, as `read_exclusions` takes them."""
+        bad = ("missing", "format", "corrupt")
+        return {
+            s.source: {
+                "annotations": s.annotations,
+                "sha256": s.sha256,
+                "records": sorted({f.record for f in s.findings if f.kind in bad}),
+            }
+            for s in self.sources
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Writes doctor.json, all that was found, and exclude.json, the records to leave out."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (("doctor.json", asdict(self)), ("exclude.json", self.exclusions())):
+            (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def examine(datasets: Sequence[LlavaDataset], threads: int = 4) -> Report:
+    """Decodes every distinct picture once and tokenises every dialogue.
+
+    Args:
+        datasets: opened with `on_bad_sample="skip"`, or the first bad record ends the examination before it begins.
+        threads: pictures decoded at once.
+    """
+    limits = {path: dataset.pictures.max_pixels for dataset in datasets for path in dataset.pictures_used}
+    paths, damaged = list(limits), {}
+    with Progress(transient=True) as progress, ThreadPoolExecutor(threads) as pool:
+        task = progress.add_task("decoding pictures", total=len(paths))
+        for begin in range(0, len(paths), 1024):  # in blocks, as the pool would queue a million at once
+            block = paths[begin : begin + 1024]
+            reasons = pool.map(_damage, block, (limits[path] for path in block))
+            damaged |= {path: reason for path, reason in zip(block, reasons, strict=True) if reason}
+            progress.advance(task, len(block))
+        task = progress.add_task("reading dialogues", total=sum(map(len, datasets)))
+        return Report([_examine(dataset, damaged, lambda: progress.advance(task)) for dataset in datasets])
+
+
+def check_blanked(report: Report, limit: float = BLANKED_LIMIT) -> None:
+    """Stops where too many samples of a source have no label.
+
+    Raises:
+        ValueError: naming each such source with its share and its first such records.
+    """
+    bad = [s for s in report.sources if s.blanked > limit * s.samples]
+    if not bad:
+        return
+    told = []
+    for source in bad:
+        records = [str(f.record) for f in source.findings if f.kind == "blanked"][:3]
+        share = f"{source.blanked} of {source.samples} ({source.blanked / source.samples:.2%}"
+        told.append(f"{source.source} {share}; records {', '.join(records)}, ...)")
+    raise ValueError(
+        f"samples that teach nothing, for they have no label, above the limit of {limit:.2%}: {'; '.join(told)}. Their "
+        "answers are empty or lie beyond max_length: raise it, or leave these records out"
+    )
+
+
+def read_exclusions(path: str | Path, source: str, annotations: str | Path) -> list[int]:
+    """Record numbers to leave out of a source, for `LlavaDataset(exclude=...)`; none where the list does not know it.
+
+    Raises:
+        ValueError: the annotation file is not the one that was examined, so the numbers mean other records.
+    """
+    entry = json.loads(Path(path).read_text(encoding="utf-8")).get(source)
+    if entry is None:
+        return []
+    if (now := _sha256(Path(annotations))) != entry["sha256"]:
+        raise ValueError(
+            f"{annotations} has changed since {path} was made (sha256 {entry['sha256'][:12]} then, {now[:12]} now): "
+            "its record numbers do not hold any more; examine the corpus again"
+        )
+    return entry["records"]
+
+
+def _examine(dataset: LlavaDataset, damaged: dict[str, str], advance: Callable[[], None]) -> SourceReport:
+    """One source, its damaged pictures known."""
+    report = SourceReport(dataset.source, str(dataset.annotations), _sha256(dataset.annotations), samples=len(dataset))
+    report.findings = [Finding(s.record, s.id, s.kind, s.reason) for s in dataset.skipped]
+    report.missing = sum(s.kind == "missing" for s in dataset.skipped)
+    report.malformed = len(dataset.skipped) - report.missing
+    report.pictures = len(dataset.pictures_used)
+    tokens = []
+    for index in range(len(dataset)):
+        record, path, number = dataset.record(index), dataset.picture(index), dataset.record_number(index)
+        encoded = dataset.encode(record)
+        tokens.append(len(encoded.input_ids))
+        report.label_tokens += sum(label != IGNORE_INDEX for label in encoded.labels)
+        report.text_only += path is None
+        report.truncated += encoded.truncated
+        found = {}
+        if path in damaged:
+            report.corrupt += 1
+            found["corrupt"] = damaged[path]
+        if encoded.blanked:
+            report.blanked += 1
+            found["blanked"] = "cut off before its first answer" if encoded.truncated else "no answer has a text"
+        if path is not None and encoded.truncated and IMAGE_TOKEN not in encoded.input_ids:
+            report.unseen += 1
+            found["unseen"] = f"{IMAGE_TAG} stands beyond max_length {dataset.max_length}"
+        name = str(record.get("id", number))
+        report.findings += [Finding(number, name, kind, reason) for kind, reason in found.items()]
+        advance()
+    report.tokens = {
+        "min": float(min(tokens)),
+        "median": float(np.median(tokens)),
+        "p95": float(np.percentile(tokens, 95)),
+        "max": float(max(tokens)),
+    }
+    bins = Counter(1 << (length - 1).bit_length() for length in tokens)
+    report.histogram = {str(bound): bins[bound] for bound in sorted(bins)}
+    return report
+
+
+def _damage(path: str, max_pixels: int) -> str | None:
+    """Why a picture cannot be read, or None."""
+    try:
+        open_picture(path, max_pixels)
+    except PictureError as error:
+        return str(error)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,194 @@
+"""In which order samples are seen, and how a global batch is split over devices and micro-batches.
+
+An order is a pure function of (seed, epoch), so a run can go on at any step without having loaded what came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice, pairwise
+from typing import Protocol
+
+import torch
+from torch.utils.data import Sampler
+
+
+class Order(Protocol):
+    """A permutation of the samples for each epoch."""
+
+    def __len__(self) -> int: ...
+
+    def order(self, epoch: int) -> list[int]:
+        """Indices of the samples in the order of an epoch (the first is 0)."""
+        ...
+
+
+class RandomOrder:
+    """Every epoch its own random order."""
+
+    def __init__(self, samples: int, seed: int = 0) -> None:
+        self.samples, self.seed = samples, seed
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def order(self, epoch: int) -> list[int]:
+        """Indices of the samples in the order of an epoch."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(epoch + 1):
+            drawn = torch.randperm(self.samples, generator=generator)
+        return drawn.tolist()
+
+
+class LengthGroupedSampler:
+    """Batches of samples of like length and, with `by_modality`, with pictures only or without: little padding,
+    random still.
+
+    The reference's own order, to the index: with the same seed, epoch e is its pass e. Where it raises for want of
+    one of the two modalities, this groups by length alone.
+
+    Args:
+        lengths: words of each sample, negative where it has no picture (`LlavaDataset.lengths`).
+        batch_size: samples of a micro-batch.
+        world_size: micro-batches of an optimizer step, over all devices.
+        seed: of the order.
+        by_modality: keep samples with and without pictures apart.
+
+    Raises:
+        ValueError: a length is zero, so it has no sign.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, world_size: int = 1, seed: int = 0, by_modality: bool = True
+    ) -> None:
+        if 0 in lengths:
+            raise ValueError(
+                f"sample {list(lengths).index(0)} has length 0: its sign is to say whether it has a picture"
+            )
+        self.lengths, self.batch_size, self.world_size = list(lengths), batch_size, world_size
+        self.seed, self.by_modality = seed, by_modality
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def order(self, epoch: int) -> list[int]:
+        """Indices of the samples in the order of an epoch. Earlier epochs are drawn again, as their draws come
+        first."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(epoch + 1):
+            drawn = self._draw(generator)
+        return drawn
+
+    def _draw(self, generator: torch.Generator) -> list[int]:
+        with_picture = [k for k, length in enumerate(self.lengths) if length > 0]
+        without = [k for k, length in enumerate(self.lengths) if length < 0]
+        if not self.by_modality or not with_picture or not without:
+            return self._by_length(range(len(self.lengths)), generator)
+        size = self.batch_size * self.world_size
+        steps: list[list[int]] = []
+        mixed: list[int] = []
+        for indices in (with_picture, without):
+            grouped = self._by_length(indices, generator)
+            *whole, last = [grouped[k : k + size] for k in range(0, len(grouped), size)]
+            steps += whole
+            mixed += last
+        shuffled = [steps[k] for k in torch.randperm(len(steps), generator=generator)]
+        # The two ends meet in a step of both kinds: a whole one goes to the very front, what is left to the very end.
+        first, last = (mixed[:size], mixed[size:]) if len(mixed) >= size else ([], mixed)
+        return first + [k for step in shuffled for k in step] + last
+
+    def _by_length(self, indices: Sequence[int], generator: torch.Generator) -> list[int]:
+        """A random permutation cut into steps; within a step longest first, dealt to micro-batches of like total
+        length."""
+        size = self.batch_size * self.world_size
+        drawn = [indices[k] for k in torch.randperm(len(indices), generator=generator)]
+        ordered = []
+        for begin in range(0, len(drawn), size):
+            step = sorted(drawn[begin : begin + size], key=lambda k: abs(self.lengths[k]), reverse=True)
+            ordered += [k for hand in self._deal(step) for k in hand]
+        return ordered
+
+    def _deal(self, step: list[int]) -> list[list[int]]:
+        """A step's samples to its micro-batches, each to the one with the least words so far that still has room."""
+        if len(step) % self.world_size:
+            return [step[k :: self.world_size] for k in range(self.world_size)]
+        room = len(step) // self.world_size
+        hands, totals = [[] for _ in range(self.world_size)], [0] * self.world_size
+        for index in step:
+            least = min((k for k in range(self.world_size) if len(hands[k]) < room), key=totals.__getitem__)
+            hands[least].append(index)
+            totals[least] += abs(self.lengths[index])
+        return hands
+
+
+class StepBatches(Sampler[list[list[int]]]):
+    """For each optimizer step the micro-batches of one device, as lists of indices.
+
+    A step takes `global_batch` samples of the order. They are cut into micro-batches, which go round the devices; so
+    which samples a step has depends on neither the devices nor the micro-batch. The epoch's last step takes what is
+    left, dealt evenly over as many micro-batches as any other step has, so all devices stay in step; should there be
+    fewer samples than micro-batches, the epoch's first ones fill up.
+
+    Args:
+        order: gives the order of an epoch.
+        global_batch: samples of an optimizer step.
+        micro_batch: samples that one device takes at a time.
+        world_size, rank: number of devices, and which this is.
+
+    Raises:
+        ValueError: there is no sample, or the global batch cannot be split exactly.
+    """
+
+    def __init__(self, order: Order, global_batch: int, micro_batch: int, world_size: int = 1, rank: int = 0) -> None:
+        if len(order) == 0:
+            raise ValueError("there is no sample to make batches of")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"{rank=} is none of {world_size} devices")
+        self.order, self.global_batch, self.micro_batch = order, global_batch, micro_batch
+        self.world_size, self.rank = world_size, rank
+        self.accumulation = split(global_batch, micro_batch, world_size)
+        self.steps = -(-len(order) // global_batch)
+        self.epoch, self.start = 0, 0
+
+    def seek(self, step: int) -> None:
+        """Begin at a step counted from the start of the training; nothing before it is loaded."""
+        if step < 0:
+            raise ValueError(f"steps count from 0, not {step}")
+        self.epoch, self.start = divmod(step, self.steps)
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        order = self.order.order(self.epoch)
+        for step in range(self.start, self.steps):
+            chosen = order[step * self.global_batch : (step + 1) * self.global_batch]
+            parts = self.accumulation * self.world_size
+            if len(chosen) < parts:
+                chosen += islice(cycle(order), parts - len(chosen))
+            cuts = [k * len(chosen) // parts for k in range(parts + 1)]
+            micro = [chosen[a:b] for a, b in pairwise(cuts)]
+            yield micro[self.rank :: self.world_size]
+
+
+def split(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Micro-batches that each device adds up to one step.
+
+    Raises:
+        ValueError: they do not multiply to the global batch; the message names the nearest sizes that do.
+    """
+    if min(global_batch, micro_batch, world_size) < 1:
+        raise ValueError(f"batch sizes and devices must be positive: {global_batch=}, {micro_batch=}, {world_size=}")
+    at_once = micro_batch * world_size
+    if global_batch % at_once == 0:
+        return global_batch // at_once
+    near = [size for size in (global_batch // at_once * at_once, -(-global_batch // at_once) * at_once) if size]
+    advice = f"take a global batch of {' or '.join(map(str, near))}"
+    if global_batch % world_size == 0:
+        each = global_batch // world_size
+        fits = min((m for m in range(1, each + 1) if each % m == 0), key=lambda m: (abs(m - micro_batch), m))
+        advice += f", or a micro-batch of {fits}"
+    raise ValueError(
+        f"a global batch of {global_batch} cannot be split into micro-batches of {micro_batch} on {world_size} "
+        f"device{'s' if world_size > 1 else ''} ({at_once} at once): {advice}"
+    )

@@ -1,0 +1,210 @@
+"""One stage of training, from a configuration into its run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mvlm import build
+from mvlm.data.collate import collate
+from mvlm.data.corpus import Corpus
+from mvlm.data.datamodule import StepData
+from mvlm.data.held_out import hold_out
+from mvlm.data.mixture import Mixture
+from mvlm.data.tokenizer import Tokenizer
+from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
+from mvlm.model.mobilevlm import MobileVLM
+from mvlm.run import Run, file_hash, write_json
+from mvlm.strategy import lora
+from mvlm.strategy.align import align
+from mvlm.strategy.features import encode_pictures
+from mvlm.strategy.parameters import claimed_rates
+from mvlm.strategy.stage import Stage
+
+HELD_OUT = 12
+"""Samples whose loss with the true and with another picture is watched while a stage learns."""
+
+
+def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run) -> None:
+    """Everything that could be wrong with a run, before any work: rates, batches, labels; then say what will be trained.
+
+    Raises:
+        ValueError: no data, a strategy that does not cover the model, a batch that can't be split, too many dialogues without labels.
+    """
+    if not any(data.values()):
+        raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
+    table = Table("stage", "source", "samples", "rates", "steps", title=f"{run.folder}", title_justify="left")
+    hashes = {}
+    for stage, mixture in data.items():
+        if mixture is None:
+            continue
+        rates = OmegaConf.to_container(cfg.strategy[stage].rates, resolve=True)
+        claimed_rates({"vision.lower", "vision.upper", "projector", "language"}, rates)
+        steps = cfg.recipe[stage].epochs * StepData(mixture, cfg.recipe[stage].batch, cfg.recipe[stage].micro_batch).steps
+        for number, (source, count) in enumerate(mixture.counts.items()):
+            told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
+            table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
+        hashes |= {f"{stage}/{d.source}": file_hash(d.annotations) for d in mixture.datasets}
+    run.note(data_sha256=hashes)
+    Console().print(table)
+
+
+def stage(
+    cfg: DictConfig,
+    run: Run,
+    name: str,
+    model: MobileVLM,
+    data: dict[str, Mixture | None],
+    files: Corpus,
+    words: Tokenizer,
+) -> None:
+    """Train a stage and save it. The model goes on from the stage before, or from its pretrained parts."""
+    began = time.monotonic()
+    recipe, folder = cfg.recipe[name], run.folder / name
+    trainer_arguments = OmegaConf.to_container(cfg.trainer, resolve=True) | {"precision": build.precision(cfg.trainer.precision)}
+    autocast = build.autocast_type(trainer_arguments["precision"])
+    before = next((s for s in build.STAGES[: build.STAGES.index(name)] if run.finished(s)), None)
+    if before:
+        load_checkpoint(model, run.folder / before)
+    else:
+        build.pretrained(model, cfg)
+
+    if cfg.recipe.cache_features and all(
+        rate is None for s in cfg.strategy.values() for part, rate in s.rates.items() if part.startswith("vision")
+    ):
+        cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast)
+    facts: dict = {}
+    if cfg.recipe.start == "words" and not before:
+        facts["start"] = start_from_words(model, data[name], files, words, autocast)
+
+    adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
+    mixture, held_out = hold_out(data[name], HELD_OUT)
+    world = _world_size(trainer_arguments)
+    loader = StepData(
+        mixture, recipe.batch, recipe.micro_batch, world_size=world, workers=cfg.workers, seed=cfg.seed, order=recipe.order,
+        pad_id=words.pad_id, pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    module = Stage(
+        model,
+        OmegaConf.to_container(cfg.strategy[name].rates, resolve=True),
+        steps=loader.steps * recipe.epochs,
+        warmup=cfg.recipe.warmup,
+        **OmegaConf.to_container(cfg.recipe.optimizer),
+        name=name,
+        held_out=collate(held_out, words.pad_id) if held_out else None,
+    )
+    trainer = L.Trainer(
+        **{k: v for k, v in trainer_arguments.items() if k != "_target_"},
+        max_epochs=recipe.epochs,
+        accumulate_grad_batches=loader.accumulation,
+        gradient_clip_val=cfg.recipe.clip,
+        logger=loggers(cfg, run),
+        callbacks=[Bar()],
+        default_root_dir=run.folder,
+    )
+    trainer.fit(module, loader)
+    if adapters is not None:
+        model.language = adapters.merge_and_unload()
+    if trainer.is_global_zero:
+        save_checkpoint(model, folder)
+        seconds = time.monotonic() - began
+        write_json(
+            folder / "stage.json",
+            facts
+            | {
+                "steps": module.steps,
+                "samples": mixture.counts,
+                "held_out": len(held_out),
+                "seconds": round(seconds, 1),
+                "samples_per_second": round(len(mixture) * recipe.epochs / seconds, 3),
+                "precision": trainer_arguments["precision"],
+                "devices": world,
+                "moved": module.moved,
+                "history": module.history,
+            },
+        )
+
+
+def cache_features(cfg: DictConfig, model: MobileVLM, data: dict[str, Mixture], autocast: torch.dtype | None) -> None:
+    """Give every dataset the frozen tower's output of its pictures, each encoded once for all stages that show it alike."""
+    kept: dict[str, dict[str, Tensor]] = {}
+    looks = {stage: cfg.recipe[stage].pictures for stage in data}
+    for look in dict.fromkeys(looks.values()):
+        alike = [s for s in data if looks[s] == look]
+        paths = [path for s in alike for path in data[s].pictures_used]
+        kept[look] = encode_pictures(model, paths, build.pictures(cfg, alike[0]), autocast=autocast)
+    for stage, mixture in data.items():
+        for dataset in mixture.datasets:
+            dataset.features = kept[looks[stage]]
+
+
+def start_from_words(
+    model: MobileVLM, mixture: Mixture, files: Corpus, words: Tokenizer, autocast: torch.dtype | None
+) -> dict:
+    """`recipe.start=words`: see `mvlm.strategy.align`. Uses the training pictures' own truth, never the benchmarks'."""
+    from mvlm.pocket.scene import Scene, cell_words
+
+    table = model.language.get_input_embeddings().weight.detach()
+    features = {path: f for d in mixture.datasets for path, f in (d.features or {}).items()}
+    side = int(model.image_tokens**0.5)
+    file = files.root / "scenes.jsonl"
+    scenes = [Scene.from_json(json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+    truth = {scene.picture: cell_words(scene, side, model.image_size) for scene in scenes}
+    shown = [path for path in features if Path(path).name in truth]
+    if not shown:
+        raise ValueError(
+            "recipe.start=words needs pictures that know what they show (corpus=pocket) and recipe.cache_features=true; "
+            "for other data set recipe.start=random"
+        )
+    reached = align(
+        model.projector,
+        torch.stack([features[path] for path in shown]),
+        [truth[Path(path).name] for path in shown],
+        lambda phrase: table[words.encode(" " + phrase)],
+        autocast=autocast,
+    )
+    return asdict(reached)
+
+
+def loggers(cfg: DictConfig, run: Run) -> list:
+    """metrics.csv always, and what `logger` says. W&B keeps its id in the run folder, so a repeated command continues its run."""
+    csv = CSVLogger(run.folder, name="metrics", version="")
+    chosen: partial = instantiate(cfg.logger)
+    if chosen.func is CSVLogger:
+        return [csv]
+    (run.folder / "wandb").mkdir(exist_ok=True)
+    facts = run.facts
+    wandb = chosen(
+        save_dir=run.folder, id=facts["wandb_id"], name=run.folder.name, resume="allow", config=run.config_dict(),
+        tags=list(run.folder.name.split("-")),
+    )  # fmt: skip
+    return [csv, wandb]
+
+
+def _world_size(trainer: dict) -> int:
+    """Devices that the trainer will use."""
+    probe = L.Trainer(accelerator=trainer["accelerator"], devices=trainer["devices"], num_nodes=trainer["num_nodes"], logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, barebones=False)  # fmt: skip
+    return probe.world_size
+
+
+class Bar(TQDMProgressBar):
+    """Rate, loss, sight and time left, in optimizer steps' micro-batches."""
+
+    def get_metrics(self, trainer, module) -> dict:
+        shown = super().get_metrics(trainer, module)
+        shown.pop("v_num", None)
+        return {key.split("/")[-1]: value for key, value in shown.items()}

@@ -1,0 +1,119 @@
+"""MobileVLM: vision tower, projector and language model joined (paper, Figure 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
+from mvlm.model.vision import Vision
+
+
+class Loss(NamedTuple):
+    """Summed cross-entropy and the number of predictions in the sum: whoever adds up micro-batches divides once, at the end."""
+
+    total: Tensor
+    tokens: int
+
+
+class MobileVLM(nn.Module):
+    """H_v = P(F_enc(X_v)) takes the place of its placeholders among the word embeddings; the language model reads on.
+
+    Args:
+        vision: the tower.
+        projector: called with (vision width, language width), gives the projector.
+        language: a decoder as transformers builds them (`.model`, `.lm_head`, `get_input_embeddings()`).
+    """
+
+    def __init__(self, vision: Vision, projector: Callable[[int, int], nn.Module], language: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+        self.language = language
+        self.projector = projector(vision.width, language.get_input_embeddings().embedding_dim)
+        with torch.no_grad():
+            blank = torch.zeros(1, vision.grid**2, vision.width, device=next(self.projector.parameters()).device)
+            self.image_tokens: int = self.projector(blank).shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square pictures, in pixels."""
+        return self.vision.image_size
+
+    def part(self, name: str) -> str:
+        """The part a parameter's name belongs to: vision.lower, vision.upper, vision.unused, projector or language."""
+        room, rest = name.split(".", 1)
+        return f"vision.{self.vision.part(rest)}" if room == "vision" else room
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pictures through the tower: (I, 3, S, S) -> (I, N, Dv). Without a graph unless some of the tower trains."""
+        trains = any(p.requires_grad for p in self.vision.parameters())
+        with nullcontext() if trains else torch.no_grad():
+            return self.vision(pixels)
+
+    def project(self, features: Tensor) -> Tensor:
+        """(I, N, Dv) -> (I, M, D)."""
+        return self.projector(features)
+
+    def embed(self, input_ids: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Word embeddings with the pictures' tokens written at their placeholders.
+
+        Args:
+            input_ids: (B, T) with IMAGE_TOKEN at the M places of each picture.
+            tokens: (I, M, D), in the order of the placeholders; None if there are none.
+
+        Returns:
+            (B, T, D)
+
+        Raises:
+            ValueError: the number of placeholders is not I * M.
+        """
+        holes = input_ids == IMAGE_TOKEN
+        words = self.language.get_input_embeddings()(input_ids.masked_fill(holes, 0))
+        count, given = int(holes.sum()), 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
+        if count != given:
+            raise ValueError(
+                f"the text has {count} image placeholders and the pictures give {given} tokens "
+                f"({self.image_tokens} a picture): build the data with image_tokens={self.image_tokens}, "
+                "and give every picture that is mentioned"
+            )
+        if tokens is None:
+            return words
+        return words.masked_scatter(holes.unsqueeze(-1), tokens.to(words.dtype))
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """The language model's input for a batch: (B, T, D).
+
+        A batch without pictures still sends a blank one through tower and projector, multiplied by zero: with sharded
+        parameters (ZeRO-3, FSDP) a device that skipped them would leave the others waiting for ever. The reference does
+        the same with an all-zero image.
+        """
+        features = batch.features
+        if features is None:
+            size, like = self.image_size, next(self.vision.parameters())
+            blank = batch.pixels is None
+            pixels = like.new_zeros(1, 3, size, size) if blank else batch.pixels
+            features = self.encode(pixels)
+            if blank:
+                return self.embed(batch.input_ids) + 0 * self.project(features).sum()
+        return self.embed(batch.input_ids, self.project(features))
+
+    def forward(self, batch: Batch) -> Loss:
+        """Cross-entropy of every labelled position given all before it (Equation 2), summed.
+
+        Padding is on the right, so a causal mask already hides it from every real position and no other mask is needed.
+        Logits are made for labelled positions only: at 49k words they would otherwise cost a fifth of the step.
+        """
+        hidden = self.language.model(inputs_embeds=self.inputs(batch), use_cache=False).last_hidden_state
+        learned = batch.labels[:, 1:] != IGNORE_INDEX
+        logits = self.language.lm_head(hidden[:, :-1][learned])
+        total = cross_entropy(logits.float(), batch.labels[:, 1:][learned], reduction="sum")
+        return Loss(total, int(learned.sum()))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits at every position, (B, T, V), padding on either side masked."""
+        return self.language(inputs_embeds=self.inputs(batch), attention_mask=batch.attention_mask.long()).logits

@@ -1,0 +1,43 @@
+"""Pixels -> patch features. The tower is any timm ViT; nothing here decides whether it trains."""
+
+from __future__ import annotations
+
+import timm
+from torch import Tensor, nn
+
+
+class Vision(nn.Module):
+    """A ViT whose second-to-last block is the output: patch tokens only, no final norm (the reference's `select_layer -2`, `patch`).
+
+    Args:
+        name: timm's name. CLIP trap: OpenAI's weights need the names with `quickgelu`; the plain ones differ in activation.
+        image_size: side of the square input in pixels.
+        timm_arguments: whatever `timm.create_model(name, ...)` takes (depth, embed_dim, class_token, ...).
+
+    The last block and the final norm are never run. They stay in the module, so that a checkpoint that carries them is
+    written back whole, and belong to the part `vision.unused`, which no strategy can train.
+    """
+
+    def __init__(self, name: str, image_size: int, **timm_arguments) -> None:
+        super().__init__()
+        self.arguments = {"name": name, "image_size": image_size, **timm_arguments}  # a saved model tells how to build it again
+        self.tower = timm.create_model(name, img_size=image_size, num_classes=0, global_pool="", **timm_arguments)
+        self.image_size = image_size
+        self.width: int = self.tower.embed_dim
+        self.grid: int = self.tower.patch_embed.grid_size[0]
+        self.depth = len(self.tower.blocks)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(I, 3, S, S) -> (I, N, Dv)."""
+        (features,) = self.tower.forward_intermediates(
+            pixels, indices=[self.depth - 2], stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        return features
+
+    def part(self, name: str) -> str:
+        """Which part the parameter `tower....` belongs to: `lower`, `upper` (the later half of the blocks) or `unused`."""
+        words = name.removeprefix("tower.").split(".")
+        if words[0] == "blocks":
+            block = int(words[1])
+            return "unused" if block == self.depth - 1 else "upper" if block >= self.depth // 2 else "lower"
+        return "unused" if words[0] in ("norm", "fc_norm") else "lower"

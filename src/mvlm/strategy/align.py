@@ -1,0 +1,137 @@
+"""`start=words`: a projector that starts out naming what it is shown. For generated scenes only, which know what every patch shows.
+
+The paper starts from a random projector and earns its sight in 5,000 steps of 256 captions. A laptop has a hundred steps of 8, and
+a plain recipe then learns to guess answers without looking. This start gives the language model something to look at: the projector
+alone, apart from the language model, learns to put the word embedding of what a cell shows into that cell's token. It treats every
+projector alike, changes no architecture, is a named option (`recipe.start`), is off in the paper's recipe, and what it reached is
+written into the run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+SHARPNESS = 16.0
+"""Cosines are multiplied by this before the softmax that picks a phrase."""
+
+RIDGE = 0.01
+"""Added to the features' variances, as a share of their mean, before they are whitened."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What the start reached on pictures it was not fitted to."""
+
+    pictures: int
+    steps: int
+    named: float
+    """Share of all cells whose token lies nearest, by cosine, to the embedding of the phrase that the cell shows."""
+    named_rare: float
+    """The same over the cells of phrases rarer than the average one: objects, where backgrounds fill most of the rest."""
+
+
+def whitening(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (Dv,) and symmetric matrix (Dv, Dv) after which features (..., Dv) are centred and nearly uncorrelated.
+
+    A tower's features are dominated by a few constant channels; gradient descent on raw ones sees little else.
+    """
+    sample = features.flatten(0, -2).float()
+    sample = sample[:: max(1, len(sample) // 100_000)]
+    mean = sample.mean(0)
+    variances, axes = torch.linalg.eigh(torch.cov((sample - mean).T))
+    return mean, axes @ torch.diag((variances + RIDGE * variances.mean()).rsqrt()) @ axes.T
+
+
+def first_linear(projector: nn.Module, width: int) -> nn.Linear:
+    """The linear layer that takes the tower's features.
+
+    Raises:
+        ValueError: the projector begins with something else.
+    """
+    layer = next((m for m in projector.modules() if isinstance(m, nn.Linear) and m.in_features == width), None)
+    if layer is None or layer.bias is None:
+        raise ValueError(
+            f"start=words folds the features' whitening into the projector's first linear layer, and {type(projector).__name__} "
+            f"has none with {width} inputs and a bias: train it with recipe.start=random"
+        )
+    return layer
+
+
+def fold(layer: nn.Linear, mean: Tensor, matrix: Tensor) -> None:
+    """Make a layer that took whitened features take raw ones: W (A (x - mean)) + b = (W A) x + (b - W A mean), exactly."""
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight @ matrix)
+        layer.bias.sub_(layer.weight @ mean)
+
+
+def align(
+    projector: nn.Module,
+    features: Tensor,
+    cells: Sequence[Sequence[str]],
+    embed: Callable[[str], Tensor],
+    *,
+    steps: int = 400,
+    batch_size: int = 8,
+    rate: float = 3e-3,
+    held_out: float = 0.05,
+    autocast: torch.dtype | None = None,
+    seed: int = 0,
+) -> Alignment:
+    """Fit the projector's tokens to the word embeddings of what their cells show.
+
+    The loss of a cell is the squared distance to its phrase's embedding plus the cross-entropy of naming that phrase among all, by
+    cosine. A cell weighs as the square root of its phrase's rarity, or backgrounds would be all that is learned.
+
+    Args:
+        projector: changed in place.
+        features: (P, N, Dv), the tower's output for P generated pictures.
+        cells: P lists of M phrases, row by row ("red dog", "beach", ...); "" where a cell shows nothing (letterbox margin).
+        embed: phrase -> (tokens, D), the language model's own word embeddings; a phrase is their mean.
+        held_out: share of the pictures that only measure.
+        autocast: type of the matrix products.
+    """
+    words = sorted({word for picture in cells for word in picture if word})
+    index = {word: i for i, word in enumerate(words)} | {"": -1}
+    table = torch.stack([embed(word).float().mean(0) for word in words])
+    goal = torch.tensor([[index[word] for word in picture] for picture in cells])
+    frequency = torch.bincount(goal[goal >= 0], minlength=len(words)).float()
+    centre = table.mean(0)
+    directions = normalize(table - centre, dim=-1)
+
+    layer = first_linear(projector, features.shape[-1])
+    mean, matrix = whitening(features)
+    tests = max(1, round(len(features) * held_out))
+
+    def tokens(which: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of the cells that show something, and what they show."""
+        white = (features[which].float() - mean) @ matrix
+        with torch.autocast(features.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            made = projector(white)
+        seen = goal[which] >= 0
+        return made.float()[seen], goal[which][seen]
+
+    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
+    for _ in track(range(steps), description="teaching the projector words"):
+        said, meant = tokens(tests + torch.randint(len(features) - tests, (batch_size,), generator=draw))
+        weight = frequency[meant].rsqrt()
+        naming = cross_entropy(SHARPNESS * normalize(said - centre, dim=-1) @ directions.T, meant, reduction="none")
+        loss = (weight * (naming + (said - table[meant]).square().sum(-1))).sum() / weight.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    with torch.no_grad():
+        said, meant = tokens(torch.arange(tests))
+        right = ((said - centre) @ directions.T).argmax(-1) == meant
+        rare = frequency[meant] < frequency.mean()
+    fold(layer, mean, matrix)
+    return Alignment(len(features), steps, right.float().mean().item(), right[rare].float().mean().item())

@@ -1,0 +1,118 @@
+"""One stage of training as a LightningModule: the loss, the optimizer and its schedule. The model is given, not made, here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mvlm.batch import Batch
+from mvlm.model.mobilevlm import MobileVLM
+from mvlm.strategy.parameters import Rates, fingerprints, freeze_and_group, verify_moved
+
+
+def cosine_with_warmup(step: int, steps: int, warmup: int) -> float:
+    """Factor of the learning rate at an optimizer step: linear from zero over `warmup` steps, then a half cosine to zero.
+
+    The first step has rate zero, as in the reference's scheduler (Table 3: cosine, warm-up ratio 0.03, rounded up).
+    """
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Stage(L.LightningModule):
+    """Trains a model for a number of optimizer steps.
+
+    Args:
+        model: what learns.
+        rates: learning rate a part, `null` freezes (`mvlm.strategy.parameters`).
+        steps: optimizer steps in all, said by the data module. (Reading Lightning's own estimate would drop the loader's
+            state on a resume.)
+        warmup: share of the steps.
+        name: prefix of what is logged.
+        held_out: a batch that is never trained on. Its loss with the true pictures and with its neighbours' is logged every
+            `look_every` steps: the gap between the two is how much the model sees.
+    """
+
+    def __init__(
+        self,
+        model: MobileVLM,
+        rates: Rates,
+        *,
+        steps: int,
+        warmup: float = 0.03,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        name: str = "train",
+        held_out: Batch | None = None,
+        look_every: int = 20,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.steps, self.warmup = steps, math.ceil(warmup * steps)
+        self.adam = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        self.name, self.held_out, self.look_every = name, held_out, look_every
+        self.groups = freeze_and_group(model, rates)
+        self.moved: dict[str, bool] = {}
+        self.history: list[dict[str, float]] = []
+        self._sum = 0.0
+
+    def configure_optimizers(self) -> dict:
+        """AdamW on the parts that learn, each at its own rate."""
+        optimizer = torch.optim.AdamW(self.groups, **self.adam, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: cosine_with_warmup(step, self.steps, self.warmup)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        self._before = fingerprints(self.model)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """The micro-batch's share of the step's loss, weighed by tokens.
+
+        The step's loss is the mean over all labelled tokens of its micro-batches on all devices, whatever their split. Lightning
+        divides by the number of micro-batches and the devices' gradients are averaged, so both are multiplied in again.
+        """
+        loss = self.model(batch)
+        tokens, share = batch.step_tokens or loss.tokens, self.trainer.accumulate_grad_batches
+        if self.trainer.world_size > 1:
+            everyone = torch.tensor(tokens, device=self.device)
+            dist.all_reduce(everyone)
+            tokens, share = int(everyone), share * self.trainer.world_size
+        if tokens == 0:
+            raise ValueError(f"no token of this step is labelled, there is nothing to learn: samples {batch.ids}")
+        self._sum += float(loss.total.detach()) / tokens
+        return loss.total * (share / tokens)
+
+    def on_train_batch_end(self, outputs, batch: Batch, index: int) -> None:
+        if (index + 1) % self.trainer.accumulate_grad_batches:
+            return
+        step, mean, self._sum = self.global_step, self._sum, 0.0
+        entry = {"step": step, "loss": mean}
+        self.log(f"{self.name}/loss", mean, prog_bar=True, rank_zero_only=True)
+        if self.held_out is not None and (step % self.look_every == 0 or step == self.steps):
+            entry |= self.look()
+            self.log_dict({f"{self.name}/{k}": v for k, v in entry.items() if "sight" in k}, rank_zero_only=True)
+            self.log("sight", entry["sight_gap"], prog_bar=True, logger=False, rank_zero_only=True)
+        self.history.append(entry)
+
+    @torch.no_grad()
+    def look(self) -> dict[str, float]:
+        """Loss a token on the held-out batch with the true pictures, with each other's, and the difference: zero is blind."""
+        batch = self.held_out.to(self.device)
+        source = "features" if batch.features is not None else "pixels"
+        swapped = replace(batch, **{source: getattr(batch, source).roll(1, 0)})
+        with self.trainer.precision_plugin.forward_context():
+            true, other = (float(loss.total) / loss.tokens for loss in (self.model(batch), self.model(swapped)))
+        return {"sight_true": true, "sight_shuffled": other, "sight_gap": other - true}
+
+    def on_train_end(self) -> None:
+        self.moved = verify_moved(self._before, fingerprints(self.model), {g["name"] for g in self.groups})

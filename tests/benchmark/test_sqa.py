@@ -1,0 +1,86 @@
+"""ScienceQA's files, prompt and score; the golden predictions were scored by LLaVA's evaluator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mvlm.benchmark.sqa import FAILED, SQA, chosen, parsed, prompt
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+GOLDEN = json.loads((REFERENCE / "metrics" / "scienceqa.json").read_text())
+# The evaluator counts a question as one with a picture if the tag is in the stored prompt, so only if it was answered.
+SEEN = [case for case in GOLDEN["cases"] if case["counted_as_image"]]
+
+
+@pytest.fixture
+def benchmark(tmp_path) -> SQA:
+    problems = {
+        case["id"]: {k: case[k] for k in ("question", "choices", "answer")}
+        | {"hint": "", "image": "image.png" if case["counted_as_image"] else None, "split": "test", "subject": "s"}
+        for case in GOLDEN["cases"]
+    }
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["1"], "test": list(problems)}))
+    for case in SEEN:
+        (tmp_path / "images" / "test" / case["id"]).mkdir(parents=True)
+        (tmp_path / "images" / "test" / case["id"] / "image.png").touch()
+    return SQA(tmp_path)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["id"])
+def test_every_golden_answer_is_parsed_and_judged_alike(case):
+    letter = FAILED if case["prediction"] is None else parsed(case["prediction"])
+    assert letter == case["parsed"]
+    assert chosen(letter, len(case["choices"])) == case["predicted_index"]
+    assert (chosen(letter, len(case["choices"])) == case["answer"]) == case["correct"]
+
+
+def test_the_golden_accuracy_on_pictures(benchmark):
+    score = benchmark.score({case["id"]: case["prediction"] for case in SEEN})
+    assert round(score.value, 2) == GOLDEN["image_accuracy"]  # two decimals is what the evaluator prints
+    assert (score.items, sum(score.per_question.values())) == (GOLDEN["image_count"], GOLDEN["image_correct"])
+    assert score.detail["count without a letter"] == sum(case["parsed"] == FAILED for case in SEEN)
+    assert score.detail["s"] == score.value
+
+
+def test_the_prompts_of_the_golden_run():
+    runs = json.loads((REFERENCE / "eval_runs" / "expected.json").read_text())["ldpnetv2"]["sqa"]
+    asked = {line["answer_line"]["question_id"]: line["answer_line"]["prompt"] for line in runs}
+    for item in json.loads((REFERENCE / "eval_runs" / "sqa.json").read_text()):
+        question, context, options = item["conversations"][0]["value"].replace("<image>", "").strip().split("\n")
+        choices = [part.split(" ", 1)[1] for part in options.removeprefix("Options: (").split(" (")]
+        problem = {"question": question, "hint": context.removeprefix("Context: "), "choices": choices}
+        assert prompt(problem, "QCM") == asked[item["id"]].removeprefix("<image>\n")
+
+
+def test_the_layout_of_the_official_question_file():
+    problem = {"question": "Which  one?", "hint": "", "choices": ["a", "b"]}
+    assert prompt(problem) == (
+        "Context: N/A\nQuestion: Which one?\nOptions: (A) a (B) b\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+
+
+def test_only_questions_with_a_picture_are_asked(benchmark):
+    assert {q.id for q in benchmark.questions()} == {case["id"] for case in SEEN}
+
+
+def test_bad_input(benchmark, tmp_path):
+    with pytest.raises(ValueError, match="order is CQM or QCM"):
+        SQA(tmp_path, order="QMC")
+    with pytest.raises(ValueError, match=r"problems.json is missing.*ScienceQA"):
+        SQA(tmp_path / "nowhere").questions()
+    (tmp_path / "pid_splits.json").write_text('{"test": ["7"]}')
+    with pytest.raises(ValueError, match=r"laid out otherwise.*'7'"):
+        benchmark.questions()
+    (tmp_path / "pid_splits.json").write_text('["7"]')
+    with pytest.raises(ValueError, match="laid out otherwise"):
+        benchmark.questions()
+
+
+def test_empty_and_very_long_answers_are_wrong_and_no_error(benchmark):
+    for answer in ("", "A" * 100_000, "The answer is A. " * 10_000):
+        assert benchmark.score({case["id"]: answer for case in SEEN}).value == 0

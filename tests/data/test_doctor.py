@@ -1,0 +1,103 @@
+"""A small corpus with one of each illness, counted by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from mvlm.data.dataset import LlavaDataset
+from mvlm.data.doctor import check_blanked, examine, read_exclusions
+from mvlm.data.image import Pictures
+from mvlm.data.prompt import template
+from mvlm.data.tokenizer import load_tokenizer
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+TOKENIZER = load_tokenizer(REFERENCE / "tokenizer")
+PICTURES = Pictures(14, "pad", (0, 0, 0), (1, 1, 1))
+
+
+def record(name, answer="A boat.", image="a.png", question="What is it?"):
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": image, "conversations": turns}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two sources: `ill` has one of each, `well` has nothing but one blanked record in 2,000."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (20, 12), "red").save(tmp_path / "pictures/a.png")
+    (tmp_path / "pictures/bad.png").write_bytes(b"nothing")
+    text = record("t")["conversations"]
+    later = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a boat " * 40}]
+    ill = [
+        record("good"),
+        record("missing", image="none.png"),
+        record("corrupt", image="bad.png"),
+        record("blank", answer=""),
+        record("long", answer="a boat " * 40),
+        {"id": "text", "conversations": text},
+        {"id": "odd", "conversations": []},
+        {"id": "unseen", "image": "a.png", "conversations": [*later, *text]},
+    ]
+    well = [{"id": str(k), "conversations": text} for k in range(1999)] + [record("blank", answer="")]
+    for name, records in (("ill", ill), ("well", well)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+
+    def read(name, **options):
+        options = {"image_tokens": 4, "max_length": 170, "on_bad_sample": "skip"} | options
+        folder = tmp_path / "pictures"
+        return LlavaDataset(tmp_path / f"{name}.json", folder, template("v1"), TOKENIZER, PICTURES, **options)
+
+    return read
+
+
+def test_examination(corpus, tmp_path):
+    report = examine([corpus("ill"), corpus("well")])
+    ill, well = report.sources
+    assert (ill.samples, ill.text_only, ill.pictures) == (6, 1, 2)
+    assert (ill.missing, ill.malformed, ill.corrupt, ill.blanked, ill.truncated, ill.unseen) == (1, 1, 1, 1, 2, 1)
+    kinds = {(f.record, f.id): f.kind for f in ill.findings}
+    assert kinds == {
+        (1, "missing"): "missing",
+        (6, "odd"): "format",
+        (2, "corrupt"): "corrupt",
+        (3, "blank"): "blanked",
+        (7, "unseen"): "unseen",
+    }
+    dataset = corpus("ill")
+    encoded = [dataset.encode(dataset.record(k)) for k in range(len(dataset))]
+    lengths = sorted(len(e.input_ids) for e in encoded)
+    assert (ill.tokens["min"], ill.tokens["max"]) == (lengths[0], lengths[-1])
+    assert lengths[-1] == 170 + 3  # the cut comes first, then the picture's other three ids
+    assert ill.tokens["median"] == (lengths[2] + lengths[3]) / 2
+    assert ill.label_tokens == sum(label >= 0 for e in encoded for label in e.labels)
+    assert sum(ill.histogram.values()) == 6 and sum(well.histogram.values()) == 2000
+    assert all(int(k) & (int(k) - 1) == 0 for k in ill.histogram)
+    with pytest.raises(ValueError, match=r"above the limit of 0.10%: ill 1 of 6 \(16.67%; records 3, ...\)"):
+        check_blanked(report)
+    report.sources = [well]
+    check_blanked(report)  # one in 2,000 is below one in 1,000
+
+
+def test_table_and_files(corpus, tmp_path):
+    report = examine([corpus("ill")])
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.table())
+    shown = console.file.getvalue()
+    assert "ill" in shown and "truncated" in shown
+    report.save(tmp_path / "out")
+    saved = json.loads((tmp_path / "out/doctor.json").read_text())
+    assert saved["sources"][0]["corrupt"] == 1
+    exclude = read_exclusions(tmp_path / "out/exclude.json", "ill", tmp_path / "ill.json")
+    assert exclude == [1, 2, 6]
+    assert read_exclusions(tmp_path / "out/exclude.json", "other", tmp_path / "ill.json") == []
+    healed = corpus("ill", on_bad_sample="stop", exclude=exclude)
+    assert [s.id for s in healed] == ["good", "blank", "long", "text", "unseen"] and healed.excluded == 3
+    (tmp_path / "ill.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"ill\.json has changed since"):
+        read_exclusions(tmp_path / "out/exclude.json", "ill", tmp_path / "ill.json")

@@ -1,0 +1,142 @@
+"""Order of the samples against the reference's sampler; splitting and resuming by their invariants."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mvlm.data.sampler import LengthGroupedSampler, RandomOrder, StepBatches, split
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+GOLDEN = json.loads((REFERENCE / "model/sampler.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["by_modality", "by_length"])
+def test_order_equals_the_reference(kind):
+    sampler = LengthGroupedSampler(
+        GOLDEN["lengths"], GOLDEN["batch_size"], GOLDEN["world_size"], GOLDEN["seed"], kind == "by_modality"
+    )
+    assert [sampler.order(0), sampler.order(1)] == [GOLDEN[kind]["first_pass"], GOLDEN[kind]["second_pass"]]
+    assert sampler.order(0) == GOLDEN[kind]["first_pass"]  # asking again changes nothing
+
+
+LENGTHS = st.lists(st.integers(-30, 30).filter(bool), min_size=1, max_size=70)
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=LENGTHS, batch=st.integers(1, 5), world=st.integers(1, 4), seed=st.integers(0, 3))
+def test_a_grouped_order_is_a_permutation(lengths, batch, world, seed):
+    order = LengthGroupedSampler(lengths, batch, world, seed).order(1)
+    assert sorted(order) == list(range(len(lengths)))
+    step = batch * world
+    mixed = [k for k in range(0, len(order), step) if len({lengths[i] > 0 for i in order[k : k + step]}) == 2]
+    assert len(mixed) <= 3  # only the two remainders meet, at the front and at the end; a short step may sit between
+
+
+def test_zero_lengths_are_refused():
+    with pytest.raises(ValueError, match="sample 1 has length 0"):
+        LengthGroupedSampler([3, 0], 1)
+
+
+def all_devices(order, global_batch, micro, world, **seek):
+    """For each step, for each device, its micro-batches."""
+    devices = []
+    for rank in range(world):
+        batches = StepBatches(order, global_batch, micro, world, rank)
+        batches.seek(**seek) if seek else None
+        devices.append(list(batches))
+        assert len(devices[-1]) == len(batches)
+    return list(zip(*devices, strict=True))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    samples=st.integers(1, 60),
+    micro=st.integers(1, 4),
+    world=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+def test_every_sample_once_and_all_devices_alike(samples, micro, world, accumulation, seed):
+    order, parts = RandomOrder(samples, seed), world * accumulation
+    steps = all_devices(order, micro * parts, micro, world)
+    assert len(steps) == -(-samples // (micro * parts))
+    for step in steps:
+        assert all(len(device) == accumulation for device in step)
+        assert all(1 <= len(batch) <= micro for device in step for batch in device)
+    seen = [k for step in steps for device in step for batch in device for k in batch]
+    left = samples % (micro * parts)
+    repeated = parts - left if 0 < left < parts else 0
+    assert len(seen) == samples + repeated and set(seen) == set(range(samples))
+
+
+@settings(max_examples=40, deadline=None)
+@given(samples=st.integers(1, 60), seed=st.integers(0, 5))
+def test_a_step_is_the_same_however_it_is_split(samples, seed):
+    order = RandomOrder(samples, seed)
+    splits = [all_devices(order, 12, micro, world) for micro, world in ((12, 1), (3, 1), (3, 2), (4, 3), (2, 3))]
+    contents = [[{k for device in step for batch in device for k in batch} for step in steps] for steps in splits]
+    filled = samples % 12 in range(1, 7)  # fewer samples than micro-batches: the last step is filled up
+    for other in contents[1:]:
+        assert other[: len(other) - filled] == contents[0][: len(other) - filled]
+
+
+def test_by_hand():
+    """10 samples, 2 devices, micro-batches of 2, 4 at a time in order: the last step deals its 2 out one by one."""
+
+    class InOrder:
+        def __len__(self):
+            return 10
+
+        def order(self, epoch):
+            return list(range(10))
+
+    assert all_devices(InOrder(), 4, 2, 2) == [
+        ([[0, 1]], [[2, 3]]),
+        ([[4, 5]], [[6, 7]]),
+        ([[8]], [[9]]),
+    ]
+    # With two micro-batches a device, 0 and 2 go to the first device, 1 and 3 to the second; the last step wraps round.
+    assert all_devices(InOrder(), 8, 2, 2) == [
+        ([[0, 1], [4, 5]], [[2, 3], [6, 7]]),
+        ([[8], [0]], [[9], [1]]),
+    ]
+
+
+def test_going_on_at_a_step():
+    order = RandomOrder(50, seed=3)
+    first, second = StepBatches(order, 8, 4), StepBatches(order, 8, 4)
+    whole = list(first)
+    first.seek(first.steps)
+    whole += list(first)  # two epochs of 7 steps
+    assert whole[0] != whole[7]
+    for step in range(14):
+        second.seek(step)
+        assert list(second) == whole[step : 7 if step < 7 else 14]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "advice"),
+    [
+        (256, 24, 1, r"take a global batch of 240 or 264, or a micro-batch of 16"),
+        (128, 32, 3, r"cannot be split into micro-batches of 32 on 3 devices \(96 at once\): .*96 or 192$"),
+        (4, 8, 1, r"take a global batch of 8, or a micro-batch of 4"),
+        (0, 1, 1, "must be positive"),
+    ],
+)
+def test_what_cannot_be_split_is_said_with_a_cure(batch, micro, world, advice):
+    with pytest.raises(ValueError, match=advice):
+        split(batch, micro, world)
+
+
+def test_wrong_arguments_are_said():
+    with pytest.raises(ValueError, match="no sample"):
+        StepBatches(RandomOrder(0), 4, 2)
+    with pytest.raises(ValueError, match="rank=2 is none of 2 devices"):
+        StepBatches(RandomOrder(9), 4, 2, 2, 2)
+    with pytest.raises(ValueError, match="not -1"):
+        StepBatches(RandomOrder(9), 4, 2).seek(-1)

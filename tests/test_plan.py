@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import math
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
+from mvlm.plan import Plan, activations, by_part, count_samples, hours, main, meta_model, plan, states, work
+from mvlm.strategy.lora import attach
+from mvlm.strategy.parameters import freeze_and_group
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("plan", list(overrides), return_hydra_config=True)
+    chosen = cfg.hydra.runtime.choices
+    cfg.cell = "-".join(chosen[group] for group in ("model", "projector", "data", "strategy"))  # needs a running script
+    return cfg
+
+
+# -- parameters, a second way
+
+
+def llama(vocabulary: int, width: int, mlp: int, layers: int, keys: int, tied: bool = False) -> int:
+    """Embeddings, head, and a layer: q and o, k and v, gate, up and down, two norms; a last norm."""
+    layer = 2 * width**2 + 2 * width * keys + 3 * width * mlp + 2 * width
+    return vocabulary * width * (1 if tied else 2) + layers * layer + width
+
+
+def vit(width: int, layers: int, positions: int, clip: bool) -> int:
+    """Patches of 14 x 14, positions, and a layer: qkv, o, an MLP four times as wide, biases and two norms; a last norm.
+
+    CLIP has a class token and a norm in front, DINOv2 a bias on its patches and two layer scales.
+    """
+    ends = 3 * width if clip else width
+    return (
+        3 * 14**2 * width
+        + positions * width
+        + ends
+        + layers * (12 * width**2 + (13 if clip else 15) * width)
+        + 2 * width
+    )
+
+
+CLIP = vit(1024, 24, 24 * 24 + 1, clip=True)
+EXPECTED = {
+    "nano": (vit(48, 3, 8 * 8, clip=False), llama(259, 64, 160, 2, 32, tied=True)),
+    "pocket": (vit(384, 12, 24 * 24, clip=False), llama(49152, 576, 1536, 30, 192, tied=True)),
+    "1.7b": (CLIP, llama(32000, 2048, 5632, 24, 2048)),
+    "3b": (CLIP, llama(32000, 2560, 6912, 32, 2560)),
+    "7b": (CLIP, llama(32000, 4096, 11008, 32, 4096)),
+}
+PROJECTORS = {  # Table 7 at 1024 -> 2048: parameters, tokens
+    "pw2": (6_295_552, 576),
+    "ldpv1": (18_936_832, 144),
+    "avgpool": (6_295_552, 144),
+    "learnable_pe": (6_590_464, 144),
+    "ldpv2": (6_316_032, 144),
+}
+
+
+def parts_of(counts: dict[str, int]) -> tuple[int, int]:
+    return sum(n for part, n in counts.items() if part.startswith("vision")), counts["language"]
+
+
+def test_nothing_is_missing_from_these_tables() -> None:
+    assert options("model") == sorted(EXPECTED)
+    assert options("projector") == sorted(PROJECTORS)
+    assert len(options("strategy")) == 4
+
+
+@pytest.mark.parametrize("model", EXPECTED)
+def test_every_combination_builds_and_every_parameter_is_claimed(model: str) -> None:
+    # Strategies do not depend on projectors, so they are composed once; they meet every joined model.
+    strategies = {name: composed(f"model={model}", f"strategy={name}").strategy for name in options("strategy")}
+    recipe = composed(f"model={model}").recipe
+    for projector in PROJECTORS:
+        net = meta_model(composed(f"model={model}", f"projector={projector}").model.module)
+        assert all(p.is_meta for p in net.parameters())
+        counts = by_part(net)
+        assert parts_of(counts) == EXPECTED[model]
+        patches = net.vision.grid**2
+        assert net.image_tokens == (patches if projector == "pw2" else patches // 4)
+        for name, stages in sorted(strategies.items(), key=lambda pair: pair[0] == "lora"):  # adapters stay attached
+            for stage in ("pretrain", "finetune"):
+                table = OmegaConf.create({"recipe": recipe, "stage": stages[stage]}).stage
+                if "lora" in table:
+                    attach(net.language, **table.lora)
+                freeze_and_group(net, OmegaConf.to_container(table.rates, resolve=True))
+                learning = by_part(net, learning=True)
+                assert learning["projector"] == counts["projector"], name
+                assert "vision.lower" not in learning and "vision.unused" not in learning
+                assert ("vision.upper" in learning) == (name == "sharegpt4v" and stage == "pretrain")
+                frozen = stage == "pretrain" and name in ("freeze_llm", "lora")
+                adapted = stage == "finetune" and name == "lora"
+                assert adapted or learning.get("language", 0) == (0 if frozen else counts["language"])
+                if adapted:
+                    assert 0 < learning["language"] < by_part(net)["language"] - counts["language"] + 1
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_projectors_have_table_7s_sizes(projector: str) -> None:
+    net = meta_model(composed("model=1.7b", f"projector={projector}").model.module)
+    assert (by_part(net)["projector"], net.image_tokens) == PROJECTORS[projector]
+
+
+def test_adapters_beside_every_linear_layer_of_a_llama() -> None:
+    made = plan(composed("model=1.7b", "strategy=lora"))
+    # rank 128; a layer's four square matrices and three of the MLP, each with in + out columns of that rank
+    assert made.stages["finetune"].learning["language"] == 24 * 128 * (4 * 2 * 2048 + 3 * (2048 + 5632))
+    assert made.stages["finetune"].parameters - sum(made.parameters.values()) == 24 * 128 * (4 * 4096 + 3 * 7680)
+
+
+# -- FLOPs, a second way
+
+
+def by_hand(text: int, learns: bool) -> dict[str, int]:
+    """1.7b with ldpv2, two FLOPs a multiply-add of every matrix product."""
+    n, dv, d, m, mlp, vocabulary = 576, 1024, 2048, 144, 5632, 32000
+    t = m + text
+    tower = 2 * n * 3 * 14**2 * dv + 23 * (2 * (n + 1) * 12 * dv**2 + 4 * (n + 1) ** 2 * dv)  # the last block isn't run
+    pw1, pw2, peg = 2 * n * dv * d, 2 * m * d * d, 2 * m * 9 * d
+    linear, attention = 24 * 2 * t * (4 * d**2 + 3 * d * mlp) + 2 * text * d * vocabulary, 24 * 4 * t**2 * d
+    # A product's backward is one product for its input and one for its weight. Frozen weights need none, nor does the
+    # first layer's input, which comes from a frozen tower. Both factors of attention's products are activations.
+    backward = pw1 + 2 * (pw2 + peg) + (2 if learns else 1) * linear + 2 * attention
+    return {"vision": tower, "projector": pw1 + pw2 + peg, "language": linear + attention, "backward": backward}
+
+
+@pytest.mark.parametrize("strategy", ["unfreeze_llm", "freeze_llm"])
+def test_flops_by_hand(strategy: str) -> None:
+    made = plan(composed("model=1.7b", f"strategy={strategy}", "text=100"))
+    for stage, planned in made.stages.items():
+        learns = strategy == "unfreeze_llm" or stage == "finetune"
+        assert vars(planned.work) == by_hand(100, learns)
+
+
+def test_upper_half_of_the_tower_costs_its_backward() -> None:
+    frozen, half = (
+        plan(composed("model=1.7b", f"strategy={s}")).stages["pretrain"].work for s in ("unfreeze_llm", "sharegpt4v")
+    )
+    n, d, dv = 576, 2048, 1024
+    blocks = 11 * 2 * (2 * (n + 1) * 12 * dv**2 + 4 * (n + 1) ** 2 * dv)  # 12 to 22 of 24, the last being idle
+    first_input = 2 * n * dv * d  # the projector's first layer now has to tell the tower what to change
+    # One product too few: nothing below block 12 learns, so its qkv layer gets no gradient for its input.
+    assert half.backward - frozen.backward == blocks + first_input - 2 * (n + 1) * 3 * dv**2
+    assert half.vision == frozen.vision
+
+
+def test_a_real_step_does_what_was_planned() -> None:
+    cfg = composed("model=nano", "text=50")
+    planned = plan(cfg).stages["finetune"].work
+    from hydra.utils import instantiate
+
+    net = instantiate(cfg.model.module)
+    freeze_and_group(net, OmegaConf.to_container(cfg.strategy.finetune.rates, resolve=True))
+    ids = torch.cat([torch.full((1, net.image_tokens), IMAGE_TOKEN), torch.randint(259, (1, 50))], dim=1)
+    labels = torch.where(ids == IMAGE_TOKEN, IGNORE_INDEX, ids)
+    with FlopCounterMode(display=False) as counter:
+        net(Batch(ids, labels, torch.ones_like(ids, dtype=torch.bool), torch.randn(1, 3, 112, 112))).total.backward()
+    # Exact but for attention's backward, which a fused kernel may count with one product computed again: that is
+    # a tenth of this model's FLOPs at most.
+    assert counter.get_total_flops() == pytest.approx(planned.total, rel=0.1)
+
+
+# -- memory
+
+
+def test_states_by_hand() -> None:
+    # 100 parameters, 60 of which learn, on 4 devices: bytes of weights, gradients, optimizer
+    assert states(100, 60, 4, zero=0) == (200, 120, 720)
+    assert states(100, 60, 4, zero=1) == (200, 120, 180)
+    assert states(100, 60, 4, zero=2) == (200, 30, 180)
+    assert states(100, 60, 4, zero=3) == (50, 30, 180)
+    assert all(states(100, 60, 1, zero) == (200, 120, 720) for zero in range(4))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_activations_are_what_torch_keeps(trained: bool) -> None:
+    """Measured on a real bfloat16 layer stack; the head is apart."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=10, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    net = LlamaModel(config).bfloat16().requires_grad_(trained)
+    weights, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    positions = 64
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(inputs_embeds=torch.randn(1, positions, 128, dtype=torch.bfloat16, requires_grad=True), use_cache=False)
+    measured = sum(size for size, _ in kept.values())
+    # The estimate leaves out the last norm, the rotary tables and a few numbers a position: much in so small a model.
+    assert activations(config, positions, 0, trained).kept == pytest.approx(measured, rel=0.15)
+
+
+# -- samples, steps, hours
+
+
+@pytest.fixture(scope="module")
+def paper() -> Plan:
+    return plan(composed())
+
+
+def test_the_papers_steps(paper: Plan) -> None:
+    steps = {name: stage.steps for name, stage in paper.stages.items()}
+    assert steps == {"pretrain": math.ceil(1_246_000 / 256), "finetune": math.ceil(2_429_000 / 128)}
+    assert {name: round(n, -3) for name, n in steps.items()} == {"pretrain": 5000, "finetune": 19000}  # Table 3
+
+
+def test_the_papers_hours_are_a_tenth_of_the_peak(paper: Plan) -> None:
+    # 5 h and 9 h on 8 A100 of 312 TFLOP/s (section 4.1), at the assumed 350 positions a sample
+    took = {"pretrain": 5, "finetune": 9}
+    shares = {name: hours(stage.flops, 8, 312, 1) / took[name] for name, stage in paper.stages.items()}
+    assert shares == pytest.approx({"pretrain": 0.087, "finetune": 0.094}, abs=0.001)
+
+
+def test_hours() -> None:
+    assert hours(36 * 10**17, devices=2, peak=1000, mfu=0.5) == 1  # 3600 s at 10^15 FLOP/s
+
+
+def test_own_files_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[{}, {}, {}]")
+    own = str(tmp_path / "a.json")
+    assert count_samples([own, "x"], {"samples": {"x": 4}}) == 7
+    with pytest.raises(ValueError, match="no count for y; it has x"):
+        count_samples(["y"], {"samples": {"x": 4}})
+    made = plan(composed("model=nano", "data=custom", f"data.finetune=[{own}]"))
+    assert list(made.stages) == ["finetune"] and made.stages["finetune"].samples == 3
+    with pytest.raises(ValueError, match="both stages are empty"):
+        plan(composed("model=nano", "data=custom"))
+
+
+def test_it_prints_the_papers_own_numbers_for_the_papers_own_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    main(composed("gpu=h100"))
+    shown = capsys.readouterr().out
+    for told in ("1,674,121,216", "144 tokens", "1,246,000", "18,977", "19,000", "9.4%", "8 x h100"):
+        assert told in shown
+    main(composed("model=nano", "peak=0.5"))
+    assert "its steps" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"gpu=v100: known are a100, h100, h200"):
+        main(composed("gpu=v100"))
+
+
+def test_every_stage_of_every_strategy_is_planned() -> None:
+    for strategy, data in product(options("strategy"), ("v1", "v2")):
+        made = plan(composed("model=nano", f"strategy={strategy}", f"data={data}"))
+        assert list(made.stages) == ["pretrain", "finetune"]
+        assert all(stage.work.backward > 0 and stage.steps > 0 for stage in made.stages.values())
+
+
+def test_work_leaves_no_weight_behind() -> None:
+    net = meta_model(composed("model=nano").model.module)
+    work(net, 5)
+    assert all(p.is_meta for p in net.parameters())
