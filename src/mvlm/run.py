@@ -24,9 +24,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-MACHINE_KEYS = ("runs", "cell", "workers", "trainer", "logger", "evaluate", "controls", "benchmark", "benchmarks", "hydra")
+MACHINE_KEYS = ("runs", "cell", "workers", "trainer", "logger", "evaluate", "controls", "benchmark", "benchmark_root", "hydra")
 """Keys that say where and how fast, not what: a run folder may be continued with others."""
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightning", "torchmetrics", "hydra-core", "wandb")
 
@@ -51,6 +52,22 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+AXES = ("model", "projector", "data", "strategy")
+"""The choices that name a cell."""
+
+
+def cell_name(cfg: DictConfig) -> str:
+    """`pocket-ldpv2-v2-unfreeze_llm-s0`: the axes and the seed, and six digits of a hash if anything else was overridden."""
+    hydra = HydraConfig.get()
+    name = "-".join([*(hydra.runtime.choices[axis] for axis in AXES), f"s{cfg.seed}"])
+    free = (*AXES, "seed", *MACHINE_KEYS)
+    keys = [override.lstrip("+~").split("=")[0] for override in hydra.overrides.task]
+    if all(key in free or key.split(".")[0] in MACHINE_KEYS for key in keys):
+        return name
+    content = {k: v for k, v in flatten(OmegaConf.to_container(cfg, resolve=True)).items() if k.split(".")[0] not in MACHINE_KEYS}
+    return f"{name}-{hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:6]}"
+
+
 class Run:
     """The run folder of a configuration."""
 
@@ -64,7 +81,7 @@ class Run:
         Raises:
             ValueError: the folder holds another configuration; the message lists what differs.
         """
-        run = cls(Path(cfg.runs) / cfg.cell)
+        run = cls(Path(cfg.runs) / (cfg.cell or cell_name(cfg)))
         wanted = OmegaConf.to_container(cfg, resolve=True)
         config = run.folder / "config.yaml"
         if config.exists():

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
 from mvlm.model.names import model_names
 
-TOLERANCE = {"atol": 1e-4, "rtol": 0}  # float32 sums in another order: 2e-5 seen on logits of up to 10
+TOLERANCE = {"atol": 1e-4, "rtol": 0}  # float32 sums in another order: 9e-6 seen, on logits of up to 9
 
 
 def expanded(ids: torch.Tensor, count: int, fill: int, *others: torch.Tensor) -> list[torch.Tensor]:
@@ -86,7 +86,7 @@ def test_training_sequences(released, version):
 
 @pytest.mark.parametrize("version", ["v1", "plain"])
 def test_loss_and_gradients(released, version):
-    """Gradient norms within 1e-3: torch's convolution gradients are summed in an order that differs between versions."""
+    """Norms within 1e-3, a thousand times what is seen here (6e-7): other processors sum a convolution's gradient otherwise."""
     model, facts = copy.deepcopy(released.model), released.facts["train"][version]
     batch = training_batch(released, version)
     loss = model(batch)
@@ -163,7 +163,7 @@ def test_text_alone_still_reaches_the_projector(released):
     assert all(p.grad is not None for p in model.language.parameters())
     length = int(text.attention_mask.sum())
     alone = model.language(input_ids=text.input_ids[:, :length], labels=text.labels[:, :length])
-    assert float(loss.total) / loss.tokens == pytest.approx(float(alone.loss), rel=1e-6)
+    assert float(loss.total.detach()) / loss.tokens == pytest.approx(float(alone.loss.detach()), rel=1e-6)
 
 
 def test_nothing_labelled_is_a_loss_of_zero(ldpnetv2):

@@ -135,7 +135,7 @@ def test_words_name_no_object_or_place():
 
 
 def test_cell_words_by_hand():
-    """A 200 x 100 picture in a 400 x 400 square: scaled by 2, with 100 px of padding above and below; cells of 100 px."""
+    """A 200 x 100 picture in a 400 x 400 square: scaled by 2, 100 px of padding above and below; 100 px cells."""
     scene = Scene(
         0,
         200,

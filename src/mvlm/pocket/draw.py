@@ -80,6 +80,7 @@ class Sprites:
 
     def __init__(self, svg: Path) -> None:
         self.svg = Path(svg)
+        self._main: dict[str, RGB] = {}
         self._kept: dict[tuple[str, str | None], Image.Image] = {}
         missing = [k.codepoint for k in KINDS.values() if not (self.svg / f"{k.codepoint}.svg").is_file()]
         if missing:
@@ -98,8 +99,10 @@ class Sprites:
     def _render(self, kind: str, colour: str | None) -> Image.Image:
         text = (self.svg / f"{KINDS[kind].codepoint}.svg").read_text(encoding="utf-8")
         if colour:
-            text = repaint(text, COLOURS[colour], self._main_fill(text))
-        full = _rasterise(text, 2 * SPRITE)
+            if kind not in self._main:
+                self._main[kind] = _main_fill(text)
+            text = repaint(text, COLOURS[colour], self._main[kind])
+        full = _rasterise(text, round(1.5 * SPRITE))
         ink = full.crop(full.getchannel("A").point(lambda v: 255 * (v > 32)).getbbox())
         scale = SPRITE / max(ink.size)
         ink = ink.resize(
@@ -108,18 +111,18 @@ class Sprites:
         sprite = Image.new("RGBA", (ink.width + 2 * OUTLINE, ink.height + 2 * OUTLINE), (255, 255, 255, 0))
         alpha = Image.new("L", sprite.size)
         alpha.paste(ink.getchannel("A"), (OUTLINE, OUTLINE))
-        halo = alpha.filter(ImageFilter.MaxFilter(2 * OUTLINE - 1)).filter(ImageFilter.GaussianBlur(1))
+        halo = alpha.filter(ImageFilter.GaussianBlur(0.5 * OUTLINE)).point(lambda v: min(255, 8 * v))
         sprite.putalpha(halo)
         sprite.alpha_composite(ink, (OUTLINE, OUTLINE))
         return sprite
 
-    @staticmethod
-    def _main_fill(text: str) -> RGB:
-        """The fill that covers most of the picture, near-black apart."""
-        fills = {_rgb(m[2]) for m in _HEX.finditer(text)}
-        pixels = np.asarray(_rasterise(text, 72))
-        counts = Counter(map(tuple, pixels[pixels[..., 3] == 255][:, :3].tolist()))
-        return max((f for f in fills if _luma(f) >= 0.27), key=lambda f: (counts[f], f))
+
+def _main_fill(text: str) -> RGB:
+    """The fill that covers most of the picture, near-black apart."""
+    fills = {_rgb(m[2]) for m in _HEX.finditer(text)}
+    pixels = np.asarray(_rasterise(text, 72))
+    counts = Counter(map(tuple, pixels[pixels[..., 3] == 255][:, :3].tolist()))
+    return max((f for f in fills if _luma(f) >= 0.27), key=lambda f: (counts[f], f))
 
 
 def _rasterise(svg: str, width: int) -> Image.Image:
@@ -334,7 +337,7 @@ def _night(pen: ImageDraw.ImageDraw, image: Image.Image, w: int, h: int, rng: ra
         )
     x, y, r = rng.uniform(0.15, 0.85) * w, rng.uniform(0.12, 0.2) * h, 0.08 * min(w, h)
     _disc(pen, x, y, r, (250, 244, 205))
-    _disc(pen, x + 0.45 * r, y - 0.2 * r, 0.85 * r, (12, 16, 48))
+    _disc(pen, x + 0.3 * r, y - 0.2 * r, 0.2 * r, (232, 224, 180))  # a full moon: a crescent looks like a banana
 
 
 def _desert(pen: ImageDraw.ImageDraw, image: Image.Image, w: int, h: int, rng: random.Random) -> None:

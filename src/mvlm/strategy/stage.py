@@ -66,11 +66,19 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> dict:
         """AdamW on the parts that learn, each at its own rate."""
-        optimizer = torch.optim.AdamW(self.groups, **self.adam, fused=True)
+        self._fused = not str(self.trainer.precision).startswith("16")  # float16's loss scaling does not go with it
+        optimizer = torch.optim.AdamW(self.groups, **self.adam, fused=self._fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine_with_warmup(step, self.steps, self.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """By norm. Lightning refuses a fused AdamW here, as its own unscaling would come too late; without scaling it need not."""
+        if not self._fused:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_([p for g in self.groups for p in g["params"]], gradient_clip_val)
 
     def on_fit_start(self) -> None:
         self._before = fingerprints(self.model)

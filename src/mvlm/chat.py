@@ -1,0 +1,80 @@
+"""A conversation with a model: one picture, one question at a time, the answer streamed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from mvlm import build
+from mvlm.data.image import Pictures
+from mvlm.data.prompt import Template, template
+from mvlm.data.tokenizer import Tokenizer, load_tokenizer
+from mvlm.model.checkpoint import from_released
+from mvlm.model.mobilevlm import MobileVLM
+from mvlm.run import Run
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""How released MobileVLM models see: CLIP's own normalisation (`preprocessor_config.json` of openai/clip-vit-large-patch14-336)."""
+
+
+class Chat:
+    """A model with its tokenizer, its template and its way to look at pictures."""
+
+    def __init__(self, model: MobileVLM, words: Tokenizer, talk: Template, pictures: Pictures, max_new_tokens: int = 128) -> None:
+        self.model, self.words, self.talk, self.pictures = model.eval(), words, talk, pictures
+        self.max_new_tokens = max_new_tokens
+        self.tokens: torch.Tensor | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path, max_new_tokens: int = 128) -> Chat:
+        """From a run folder, or from a folder in the released format.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        folder = Path(folder)
+        if (folder / "config.yaml").exists():
+            run = Run.find(folder)
+            cfg = run.config
+            return cls(build.trained(run), build.tokenizer(cfg), build.talk(cfg), build.pictures(cfg, "finetune"), max_new_tokens)
+        if (folder / "config.json").exists():
+            model = from_released(folder)
+            pictures = Pictures(model.image_size, "pad", CLIP_MEAN, CLIP_STD)
+            return cls(model, load_tokenizer(folder), template("v1"), pictures, max_new_tokens)
+        raise ValueError(f"{folder} is neither a run folder (config.yaml) nor a released checkpoint (config.json)")
+
+    @torch.inference_mode()
+    def look(self, image: str | Path | None) -> None:
+        """Look at a picture file; the following questions are about it. None: talk without one."""
+        self.tokens = None if image is None else self.model.project(self.model.encode(self.pictures(image)[None]))
+
+    @torch.inference_mode()
+    def stream(self, question: str) -> Iterator[str]:
+        """The answer, greedily, in pieces of text."""
+        ids = self.talk.prompt(
+            question, self.words, image_tokens=self.model.image_tokens, has_image=self.tokens is not None
+        )
+        stop, cache, said, shown = self.talk.stop_ids(self.words), DynamicCache(), [], ""
+        embedded = self.model.embed(torch.tensor([ids]), self.tokens)
+        for _ in range(self.max_new_tokens):
+            hidden = self.model.language.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state
+            token = int(self.model.language.lm_head(hidden[:, -1]).argmax())
+            if token in stop:
+                return
+            said.append(token)
+            text = self.words.decode(said)
+            if not text.endswith("\ufffd"):  # the rest of a character is still to come
+                yield text[len(shown) :]
+                shown = text
+            embedded = self.model.embed(torch.tensor([[token]]))
+
+    def say(self, question: str) -> None:
+        """Print the answer as it comes."""
+        for piece in self.stream(question):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
