@@ -27,12 +27,13 @@ def main(cfg) -> None:
     data = {stage: build.mixture(cfg, stage, files, words, model.image_tokens) for stage in build.STAGES}
     fit.check(cfg, data, run)
 
-    for stage in build.STAGES:
-        if data[stage] is None or run.finished(stage):
-            continue
-        fit.stage(cfg, run, stage, model, data, files, words)
-    if cfg.evaluate:
-        score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls)
+    with fit.tracking(cfg, run) as wandb:
+        for stage in build.STAGES:
+            if data[stage] is not None and not run.finished(stage):
+                fit.stage(cfg, run, stage, model, data, files, words, wandb)
+        if cfg.evaluate:
+            results = score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls)
+            score.log(results, wandb)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
-from mvlm.plan import Plan, activations, by_part, count_samples, hours, main, meta_model, plan, states, work
-from mvlm.strategy.lora import attach
+from mvlm.model.mobilevlm import MobileVLM
+from mvlm.plan import PAPER_CELL, Plan, activations, by_part, count_samples, hours, main, meta_model, plan, states, work
 from mvlm.strategy.parameters import freeze_and_group
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -28,6 +30,15 @@ def composed(*overrides: str) -> DictConfig:
     chosen = cfg.hydra.runtime.choices
     cfg.cell = "-".join(chosen[group] for group in ("model", "projector", "data", "strategy"))  # needs a running script
     return cfg
+
+
+SHALLOW = ("text=100", "+model.module.vision.depth=6", "model.module.language.config.num_hidden_layers=3")
+"""The 1.7b with a fraction of its layers, which counts in a fraction of the time."""
+
+
+@cache
+def planned(*overrides: str) -> Plan:
+    return plan(composed(*overrides))
 
 
 # -- parameters, a second way
@@ -83,56 +94,52 @@ def test_nothing_is_missing_from_these_tables() -> None:
 
 @pytest.mark.parametrize("model", EXPECTED)
 def test_every_combination_builds_and_every_parameter_is_claimed(model: str) -> None:
-    # Strategies do not depend on projectors, so they are composed once; they meet every joined model.
     strategies = {name: composed(f"model={model}", f"strategy={name}").strategy for name in options("strategy")}
-    recipe = composed(f"model={model}").recipe
+    first = meta_model(composed(f"model={model}").model.module)
+    assert all(p.is_meta for p in first.parameters())
     for projector in PROJECTORS:
-        net = meta_model(composed(f"model={model}", f"projector={projector}").model.module)
-        assert all(p.is_meta for p in net.parameters())
+        cfg = composed(f"model={model}", f"projector={projector}")
+        with torch.device("meta"):  # tower and language model are the same for all, and slow to build
+            net = MobileVLM(first.vision, instantiate(cfg.projector), first.language)
         counts = by_part(net)
         assert parts_of(counts) == EXPECTED[model]
         patches = net.vision.grid**2
         assert net.image_tokens == (patches if projector == "pw2" else patches // 4)
-        for name, stages in sorted(strategies.items(), key=lambda pair: pair[0] == "lora"):  # adapters stay attached
-            for stage in ("pretrain", "finetune"):
-                table = OmegaConf.create({"recipe": recipe, "stage": stages[stage]}).stage
-                if "lora" in table:
-                    attach(net.language, **table.lora)
-                freeze_and_group(net, OmegaConf.to_container(table.rates, resolve=True))
-                learning = by_part(net, learning=True)
-                assert learning["projector"] == counts["projector"], name
-                assert "vision.lower" not in learning and "vision.unused" not in learning
-                assert ("vision.upper" in learning) == (name == "sharegpt4v" and stage == "pretrain")
-                frozen = stage == "pretrain" and name in ("freeze_llm", "lora")
-                adapted = stage == "finetune" and name == "lora"
-                assert adapted or learning.get("language", 0) == (0 if frozen else counts["language"])
-                if adapted:
-                    assert 0 < learning["language"] < by_part(net)["language"] - counts["language"] + 1
+        for name, stage in product(strategies, ("pretrain", "finetune")):
+            freeze_and_group(net, OmegaConf.to_container(strategies[name][stage].rates, resolve=True))
+            learning = by_part(net, learning=True)
+            assert learning["projector"] == counts["projector"]
+            assert "vision.lower" not in learning and "vision.unused" not in learning
+            assert ("vision.upper" in learning) == (name == "sharegpt4v" and stage == "pretrain")
+            frozen = stage == "pretrain" and name in ("freeze_llm", "lora")
+            assert learning.get("language", 0) == (0 if frozen else counts["language"])
 
 
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_projectors_have_table_7s_sizes(projector: str) -> None:
-    net = meta_model(composed("model=1.7b", f"projector={projector}").model.module)
-    assert (by_part(net)["projector"], net.image_tokens) == PROJECTORS[projector]
+    net = instantiate(composed("model=1.7b", f"projector={projector}").projector)(1024, 2048)
+    counted = sum(p.numel() for p in net.parameters()), net(torch.zeros(1, 576, 1024)).shape[1]
+    assert counted == PROJECTORS[projector]
 
 
 def test_adapters_beside_every_linear_layer_of_a_llama() -> None:
-    made = plan(composed("model=1.7b", "strategy=lora"))
-    # rank 128; a layer's four square matrices and three of the MLP, each with in + out columns of that rank
-    assert made.stages["finetune"].learning["language"] == 24 * 128 * (4 * 2 * 2048 + 3 * (2048 + 5632))
-    assert made.stages["finetune"].parameters - sum(made.parameters.values()) == 24 * 128 * (4 * 4096 + 3 * 7680)
+    made = planned("strategy=lora", *SHALLOW)
+    # 3 layers, rank 128; four square matrices and three of the MLP, each with in + out columns of that rank
+    adapters = 3 * 128 * (4 * 2 * 2048 + 3 * (2048 + 5632))
+    assert made.stages["finetune"].learning["language"] == adapters
+    assert made.stages["finetune"].parameters - sum(made.parameters.values()) == adapters
 
 
 # -- FLOPs, a second way
 
 
 def by_hand(text: int, learns: bool) -> dict[str, int]:
-    """1.7b with ldpv2, two FLOPs a multiply-add of every matrix product."""
+    """The shallow 1.7b with ldpv2, two FLOPs a multiply-add of every matrix product."""
     n, dv, d, m, mlp, vocabulary = 576, 1024, 2048, 144, 5632, 32000
     t = m + text
-    tower = 2 * n * 3 * 14**2 * dv + 23 * (2 * (n + 1) * 12 * dv**2 + 4 * (n + 1) ** 2 * dv)  # the last block isn't run
+    tower = 2 * n * 3 * 14**2 * dv + 5 * (2 * (n + 1) * 12 * dv**2 + 4 * (n + 1) ** 2 * dv)  # the last block isn't run
     pw1, pw2, peg = 2 * n * dv * d, 2 * m * d * d, 2 * m * 9 * d
-    linear, attention = 24 * 2 * t * (4 * d**2 + 3 * d * mlp) + 2 * text * d * vocabulary, 24 * 4 * t**2 * d
+    linear, attention = 3 * 2 * t * (4 * d**2 + 3 * d * mlp) + 2 * text * d * vocabulary, 3 * 4 * t**2 * d
     # A product's backward is one product for its input and one for its weight. Frozen weights need none, nor does the
     # first layer's input, which comes from a frozen tower. Both factors of attention's products are activations.
     backward = pw1 + 2 * (pw2 + peg) + (2 if learns else 1) * linear + 2 * attention
@@ -141,38 +148,31 @@ def by_hand(text: int, learns: bool) -> dict[str, int]:
 
 @pytest.mark.parametrize("strategy", ["unfreeze_llm", "freeze_llm"])
 def test_flops_by_hand(strategy: str) -> None:
-    made = plan(composed("model=1.7b", f"strategy={strategy}", "text=100"))
-    for stage, planned in made.stages.items():
-        learns = strategy == "unfreeze_llm" or stage == "finetune"
-        assert vars(planned.work) == by_hand(100, learns)
+    for name, stage in planned(f"strategy={strategy}", *SHALLOW).stages.items():
+        assert vars(stage.work) == by_hand(100, learns=strategy == "unfreeze_llm" or name == "finetune")
 
 
 def test_upper_half_of_the_tower_costs_its_backward() -> None:
-    frozen, half = (
-        plan(composed("model=1.7b", f"strategy={s}")).stages["pretrain"].work for s in ("unfreeze_llm", "sharegpt4v")
-    )
+    frozen, half = (planned(f"strategy={s}", *SHALLOW).stages["pretrain"].work for s in ("unfreeze_llm", "sharegpt4v"))
     n, d, dv = 576, 2048, 1024
-    blocks = 11 * 2 * (2 * (n + 1) * 12 * dv**2 + 4 * (n + 1) ** 2 * dv)  # 12 to 22 of 24, the last being idle
+    blocks = 2 * 2 * (2 * (n + 1) * 12 * dv**2 + 4 * (n + 1) ** 2 * dv)  # 3 and 4 of 0 to 5, the last being idle
     first_input = 2 * n * dv * d  # the projector's first layer now has to tell the tower what to change
-    # One product too few: nothing below block 12 learns, so its qkv layer gets no gradient for its input.
-    assert half.backward - frozen.backward == blocks + first_input - 2 * (n + 1) * 3 * dv**2
+    assert half.backward - frozen.backward == blocks + first_input
     assert half.vision == frozen.vision
 
 
 def test_a_real_step_does_what_was_planned() -> None:
-    cfg = composed("model=nano", "text=50")
-    planned = plan(cfg).stages["finetune"].work
-    from hydra.utils import instantiate
-
+    cfg = composed("model=nano", "projector=avgpool", "text=50")  # no convolution, whose backward torch miscounts
+    promised = plan(cfg).stages["finetune"].work
     net = instantiate(cfg.model.module)
     freeze_and_group(net, OmegaConf.to_container(cfg.strategy.finetune.rates, resolve=True))
     ids = torch.cat([torch.full((1, net.image_tokens), IMAGE_TOKEN), torch.randint(259, (1, 50))], dim=1)
     labels = torch.where(ids == IMAGE_TOKEN, IGNORE_INDEX, ids)
     with FlopCounterMode(display=False) as counter:
         net(Batch(ids, labels, torch.ones_like(ids, dtype=torch.bool), torch.randn(1, 3, 112, 112))).total.backward()
-    # Exact but for attention's backward, which a fused kernel may count with one product computed again: that is
-    # a tenth of this model's FLOPs at most.
-    assert counter.get_total_flops() == pytest.approx(planned.total, rel=0.1)
+    # A fused attention kernel may compute its scores again in the backward, once in each of the two layers of width 64.
+    again = 2 * 2 * ids.shape[1] ** 2 * 64
+    assert counter.get_total_flops() - promised.total in (0, again)
 
 
 # -- memory
@@ -216,21 +216,16 @@ def test_activations_are_what_torch_keeps(trained: bool) -> None:
 # -- samples, steps, hours
 
 
-@pytest.fixture(scope="module")
-def paper() -> Plan:
-    return plan(composed())
-
-
-def test_the_papers_steps(paper: Plan) -> None:
-    steps = {name: stage.steps for name, stage in paper.stages.items()}
+def test_the_papers_steps() -> None:
+    steps = {name: stage.steps for name, stage in planned().stages.items()}
     assert steps == {"pretrain": math.ceil(1_246_000 / 256), "finetune": math.ceil(2_429_000 / 128)}
     assert {name: round(n, -3) for name, n in steps.items()} == {"pretrain": 5000, "finetune": 19000}  # Table 3
 
 
-def test_the_papers_hours_are_a_tenth_of_the_peak(paper: Plan) -> None:
+def test_the_papers_hours_are_a_tenth_of_the_peak() -> None:
     # 5 h and 9 h on 8 A100 of 312 TFLOP/s (section 4.1), at the assumed 350 positions a sample
     took = {"pretrain": 5, "finetune": 9}
-    shares = {name: hours(stage.flops, 8, 312, 1) / took[name] for name, stage in paper.stages.items()}
+    shares = {name: hours(stage.flops, 8, 312, 1) / took[name] for name, stage in planned().stages.items()}
     assert shares == pytest.approx({"pretrain": 0.087, "finetune": 0.094}, abs=0.001)
 
 
@@ -251,12 +246,14 @@ def test_own_files_are_counted(tmp_path: Path) -> None:
 
 
 def test_it_prints_the_papers_own_numbers_for_the_papers_own_cell(capsys: pytest.CaptureFixture[str]) -> None:
-    main(composed("gpu=h100"))
+    cfg = composed("model=nano", "gpu=h100")
+    main(cfg)
     shown = capsys.readouterr().out
-    for told in ("1,674,121,216", "144 tokens", "1,246,000", "18,977", "19,000", "9.4%", "8 x h100"):
-        assert told in shown
-    main(composed("model=nano", "peak=0.5"))
-    assert "its steps" not in capsys.readouterr().out
+    assert "227,392" in shown and "16 tokens" in shown and "8 x h100" in shown and "its steps" not in shown
+    cfg.cell = PAPER_CELL
+    main(cfg)
+    shown = capsys.readouterr().out
+    assert "its steps" in shown and "5,000" in shown and "19,000" in shown
     with pytest.raises(ValueError, match=r"gpu=v100: known are a100, h100, h200"):
         main(composed("gpu=v100"))
 

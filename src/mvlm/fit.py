@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -70,8 +76,10 @@ def stage(
     data: dict[str, Mixture | None],
     files: Corpus,
     words: Tokenizer,
+    wandb: WandbLogger | None = None,
 ) -> None:
     """Train a stage and save it. The model goes on from the stage before, or from its pretrained parts."""
+    quiet()
     began = time.monotonic()
     recipe, folder = cfg.recipe[name], run.folder / name
     trainer_arguments = OmegaConf.to_container(cfg.trainer, resolve=True) | {"precision": build.precision(cfg.trainer.precision)}
@@ -111,8 +119,8 @@ def stage(
         max_epochs=recipe.epochs,
         accumulate_grad_batches=loader.accumulation,
         gradient_clip_val=cfg.recipe.clip,
-        logger=loggers(cfg, run),
-        callbacks=[Bar()],
+        logger=[CSVLogger(run.folder, name=name, version=""), *([wandb] if wandb else [])],
+        callbacks=[Bar(name)],
         default_root_dir=run.folder,
     )
     trainer.fit(module, loader)
@@ -173,38 +181,64 @@ def start_from_words(
         model.projector,
         torch.stack([features[path] for path in shown]),
         [truth[Path(path).name] for path in shown],
-        lambda phrase: table[words.encode(" " + phrase)],
+        lambda word: table[words.encode(" " + word)],
         autocast=autocast,
     )
     return asdict(reached)
 
 
-def loggers(cfg: DictConfig, run: Run) -> list:
-    """metrics.csv always, and what `logger` says. W&B keeps its id in the run folder, so a repeated command continues its run."""
-    csv = CSVLogger(run.folder, name="metrics", version="")
+@contextmanager
+def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
+    """The run's W&B logger, or None with `logger=csv`. Its id is kept in the run folder, so a repeated command continues the same
+    W&B run; and it ends as the process does: an error marks it as failed.
+    """
     chosen: partial = instantiate(cfg.logger)
     if chosen.func is CSVLogger:
-        return [csv]
-    (run.folder / "wandb").mkdir(exist_ok=True)
-    facts = run.facts
-    wandb = chosen(
-        save_dir=run.folder, id=facts["wandb_id"], name=run.folder.name, resume="allow", config=run.config_dict(),
-        tags=list(run.folder.name.split("-")),
-    )  # fmt: skip
-    return [csv, wandb]
+        yield None
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")
+    logger = chosen(
+        save_dir=run.folder,
+        id=run.facts["wandb_id"],
+        name=run.folder.name,
+        tags=run.folder.name.split("-"),
+        config=run.config_dict(),
+        resume="allow",
+    )
+    try:
+        yield logger
+    except BaseException:
+        logger.experiment.finish(exit_code=1)
+        raise
+    logger.experiment.finish(exit_code=0)
 
 
-def _world_size(trainer: dict) -> int:
+def _world_size(trainer: dict[str, Any]) -> int:
     """Devices that the trainer will use."""
-    probe = L.Trainer(accelerator=trainer["accelerator"], devices=trainer["devices"], num_nodes=trainer["num_nodes"], logger=False,
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, barebones=False)  # fmt: skip
-    return probe.world_size
+    keys = ("accelerator", "devices", "num_nodes")
+    return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
 
 
 class Bar(TQDMProgressBar):
-    """Rate, loss, sight and time left, in optimizer steps' micro-batches."""
+    """Progress of a whole stage in micro-batches: rate, time left, loss, and the gap between true and other pictures."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(leave=True)
+        self.stage = stage
 
     def get_metrics(self, trainer, module) -> dict:
-        shown = super().get_metrics(trainer, module)
-        shown.pop("v_num", None)
-        return {key.split("/")[-1]: value for key, value in shown.items()}
+        shown = {key.split("/")[-1]: value for key, value in super().get_metrics(trainer, module).items()}
+        return {key: shown[key] for key in ("loss", "sight") if key in shown}
+
+    def on_train_epoch_start(self, trainer, *_) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(f"{self.stage}, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+
+
+def quiet() -> None:
+    """Keep Lightning to what concerns the user of this kit."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")

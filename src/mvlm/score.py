@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -103,6 +104,15 @@ def show(results: dict[str, Any], run: Run) -> None:
     if gaps and min(gaps) < 5:
         Console().print("[yellow]The true picture gains it less than 5 points: this model has not learned to see.[/]")
     Console().print(f"look at {run.folder / 'index.html'}")
+
+
+def log(results: dict[str, Any], wandb: WandbLogger | None) -> None:
+    """The scores as a W&B summary: `scores/gqa/none`, ..., `scores/avg/blind`."""
+    if wandb is None:
+        return
+    for name, views in results["benchmarks"].items():
+        wandb.experiment.summary.update({f"scores/{name}/{view}": score["value"] for view, score in views.items()})
+    wandb.experiment.summary.update({f"scores/avg/{view}": value for view, value in results["avg"].items()})
 
 
 def about(run: Run, results: dict[str, Any]) -> str:

@@ -152,6 +152,10 @@ def test_an_unreadable_picture_is_named_by_its_question(model, loop):
 def test_half_precision_runs_and_the_mode_comes_back(tmp_path, model, loop):
     model.train()
     questions = make_questions(tmp_path)
-    said = taken(answers(model, questions, **loop, precision="bfloat16", max_new_tokens=3))
+    features = {}
+    said = taken(answers(model, questions, **loop, precision="bfloat16", max_new_tokens=3, features=features))
     assert said.keys() == {q.id for q in questions}
     assert model.training
+    # Weights that are halves themselves take features that were kept in another precision.
+    said = taken(answers(model.to(torch.bfloat16), questions, **loop, max_new_tokens=3, features=features))
+    assert said.keys() == {q.id for q in questions}

@@ -31,19 +31,22 @@ def load(kind: str) -> SimpleNamespace:
     model = from_released(REFERENCE / "checkpoints" / kind, vision=REFERENCE / "vision_tower")
     model.vision.requires_grad_(False)
     pixels = load_file(REFERENCE / "tensors" / "pixel_values.safetensors")
+    pixels = torch.stack([pixels["img0.png.pad"], pixels["img1.png.pad"]])
     return SimpleNamespace(
         kind=kind,
         folder=REFERENCE / "checkpoints" / kind,
         model=model,
         tensors=load_file(REFERENCE / "tensors" / f"{kind}.safetensors"),
         facts=json.loads((REFERENCE / "model" / f"{kind}.json").read_text()),
-        pixels=torch.stack([pixels["img0.png.pad"], pixels["img1.png.pad"]]),
+        pixels=pixels,
+        features=model.encode(pixels),
     )
 
 
 @pytest.fixture(params=KINDS)
 def released(request) -> SimpleNamespace:
-    """`model` (shared between tests: copy it before changing it), `tensors`, `facts` and the two pictures' `pixels`."""
+    """`model` (shared between tests: copy it before changing it); the official `tensors` and `facts`; the two pictures'
+    `pixels` and the `features` that the model makes of them."""
     return load(request.param)
 
 

@@ -331,7 +331,12 @@ def test_a_tower_in_any_shape(ldpnet, tmp_path):
 def test_the_table_covers_the_real_clip():
     """timm's ViT-L/14-336 against transformers' own module, both without weights."""
     config = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
     )
     with torch.device("meta"):
         theirs = {name: tuple(value.shape) for name, value in CLIPVisionModel(config).state_dict().items()}
@@ -356,7 +361,7 @@ def test_a_tower_that_is_not_clip_keeps_timm_names(tmp_path):
     ("change", "told"),
     [
         ({"act_layer": "gelu"}, "quick_gelu there, GELU here"),
-        ({"num_heads": 2}, "4 heads there, 2 heads? ?here|4 heads there, 2 here"),
+        ({"num_heads": 2}, "4 heads there, 2 here"),
         ({"depth": 2}, "no place for .*encoder.layers.2"),
         ({"depth": 4}, "asks for more: .*encoder.layers.3"),
         ({"embed_dim": 64}, r"\(32,\) .*there and \(64,\)"),
@@ -370,13 +375,15 @@ def test_another_tower_is_refused(change, told, ldpnet):
 
 def test_a_folder_without_this_tower(ldpnet):
     vision = small(PW2).vision
-    refused(vision, lambda: load_vision(vision, TOWER_FOLDER), "no such tower.*vision_model.* there.*cls_token.* expected")
+    refused(
+        vision, lambda: load_vision(vision, TOWER_FOLDER), "no such tower.*vision_model.* there.*cls_token.* expected"
+    )
     clip = blank(ldpnet.model.vision)
     refused(clip, lambda: load_vision(clip, REFERENCE / "base_llm"), "no such tower")
 
 
 def test_heads_are_not_guessed(ldpnetv2):
-    with pytest.raises(ValueError, match="32 wide doesn't tell its heads.*vision=<folder"):
+    with pytest.raises(ValueError, match=r"32 wide doesn't tell its heads.*vision=<folder"):
         from_released(ldpnetv2.folder)
 
 
@@ -442,7 +449,13 @@ def test_old_rotary_tables_are_skipped(ldpnet, tmp_path):
 )
 def test_another_language_model_is_refused(change, told):
     """The first three fit tensor by tensor, and would compute something else."""
-    known = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 384}
+    known = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 384,
+    }
     language = LlamaForCausalLM(LlamaConfig(**(known | {"rms_norm_eps": 1e-6} | change)))
     refused(language, lambda: load_language(language, REFERENCE / "base_llm"), f"nothing was loaded: .*{told}")
 
@@ -548,11 +561,11 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
 
 def test_folders_that_cannot_be_read(tmp_path):
     bin_folder = CHECKPOINTS / "ldpnetv2_bin"
-    with pytest.raises(ValueError, match="holds no weights .*it is empty"):
+    with pytest.raises(ValueError, match=r"holds no weights .*it is empty"):
         read_tensors(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         read_tensors(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no weights.*tokenizer.model"):
+    with pytest.raises(ValueError, match=r"holds no weights.*tokenizer.model"):
         read_tensors(REFERENCE / "tokenizer")
 
     index = "pytorch_model.bin.index.json"
@@ -560,14 +573,14 @@ def test_folders_that_cannot_be_read(tmp_path):
         shutil.copy(file, tmp_path)
     assert len(read_tensors(tmp_path)) == len(read_tensors(bin_folder))
     torn(bin_folder / "pytorch_model-00002-of-00003.bin", tmp_path / "pytorch_model-00002-of-00003.bin")
-    with pytest.raises(ValueError, match="00002-of-00003.bin .*torn"):
+    with pytest.raises(ValueError, match=r"00002-of-00003.bin .*torn"):
         read_tensors(tmp_path)
     (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
-    with pytest.raises(ValueError, match="names the shard pytorch_model-00002-of-00003.bin"):
+    with pytest.raises(ValueError, match=r"names the shard pytorch_model-00002-of-00003.bin"):
         read_tensors(tmp_path)
     where = json.loads((bin_folder / index).read_text())["weight_map"]
     (tmp_path / index).write_text(json.dumps({"weight_map": {"x": "../secret.bin"}}))
-    with pytest.raises(ValueError, match="names the shard ../secret.bin, which is not in its folder"):
+    with pytest.raises(ValueError, match=r"names the shard ../secret.bin, which is not in its folder"):
         read_tensors(tmp_path)
     lost = {"lm_head.weight": where["lm_head.weight"], "another": where["lm_head.weight"]}
     (tmp_path / index).write_text(json.dumps({"weight_map": lost}))
@@ -584,7 +597,7 @@ def test_folders_that_cannot_be_read(tmp_path):
 
 def test_a_torn_config(ldpnetv2, tmp_path):
     torn(ldpnetv2.folder / "config.json", tmp_path / "config.json")
-    with pytest.raises(ValueError, match="config.json is no whole JSON"):
+    with pytest.raises(ValueError, match=r"config.json is no whole JSON"):
         read_config(tmp_path)
 
 
@@ -623,7 +636,12 @@ def test_a_hub_that_gives_nothing_is_one_clear_line(ldpnet, monkeypatch):
     with pytest.raises(ValueError) as caught:
         load_language(ldpnet.model.language, "mtgv/MobileLLaMA-1.4B-Chat")
     told = str(caught.value)
-    assert "\n" not in told and "no local folder" in told and "name resolution failed" in told and "give the folder" in told
+    assert (
+        "\n" not in told
+        and "no local folder" in told
+        and "name resolution failed" in told
+        and "give the folder" in told
+    )
 
 
 @pytest.mark.parametrize("path", ["runs/a/pretrain", "/none", "../up/x", "none", "~/none/such"])

@@ -150,8 +150,8 @@ def test_openmoji_painted_is_mostly_that_colour(openmoji):
     """Of the pixels that are not black lines, dark parts or white outline, most are nearest to the named colour."""
     neutral = {"white": (255, 255, 255), "black": (0, 0, 0), "dark": (63, 63, 63)}
     table = {**COLOURS, **neutral}
-    for kind in (k for k in KINDS.values() if k.paintable):
-        for colour in COLOURS:
+    for number, kind in enumerate(k for k in KINDS.values() if k.paintable):
+        for colour in list(COLOURS)[number % 3 :: 3]:  # every kind in two colours
             pixels = np.asarray(openmoji.get(kind.name, colour)).reshape(-1, 4)[::7]
             names = [n for n in nearest(pixels[pixels[:, 3] == 255][:, :3], table) if n not in neutral]
             assert names.count(colour) > 0.5 * len(names) > 0, (kind.name, colour)

@@ -74,7 +74,8 @@ def answers(
         pictures: file or opened file -> (3, S, S).
         stop_ids: any of them ends an answer.
         batch_size: questions at a time; also the pictures at a time, whose keys and values are held meanwhile.
-        precision: `float32`, `bfloat16` or `float16`; the halves by autocast.
+        precision: `float32`, `bfloat16` or `float16`; the halves by autocast. A model whose weights are halves already
+            runs as it is under `float32`, on a CPU twice as fast as by autocast, which converts them at every batch.
         features: picture -> (N, Dv) on the CPU. Looked up first and filled, so that further calls (another control,
             another benchmark on the same pictures) need not encode them again.
         skip: ids of questions that are answered already. They still lend their pictures to `shuffled`, so that an
@@ -121,23 +122,27 @@ def _shown(questions: Sequence[Question], control: Control) -> list[Picture | No
         return [None] * len(questions)
     if control != "shuffled":
         raise ValueError(f"control is none, blind or shuffled, not {control!r}")
-    others = _others([q.image for q in questions if q.image is not None])
+    others = _others(questions)
     return [None if q.image is None else others[q.image] for q in questions]
 
 
-def _others(pictures: Sequence[Picture]) -> dict[Picture, Picture]:
+def _others(questions: Sequence[Question]) -> dict[Picture, Picture]:
     """Each picture's stand-in, never one of the same content, the same at every call and on every machine.
 
     The distinct contents are put into a ring in the order of their hashes, which is as good as drawn by lot, and each
     is replaced by the next.
     """
-    content = {p: sha256(p if isinstance(p, bytes) else p.read_bytes()).digest() for p in dict.fromkeys(pictures)}
+    pictures = dict.fromkeys(q.image for q in questions if q.image is not None)
+    content = {p: sha256(p if isinstance(p, bytes) else p.read_bytes()).digest() for p in pictures}
     first: dict[bytes, Picture] = {}
     for picture, digest in content.items():
         first.setdefault(digest, picture)
     ring = sorted(first)
     if len(ring) == 1:
-        raise ValueError("the shuffled control needs two different pictures, and all questions have the same one")
+        raise ValueError(
+            f"the shuffled control needs two different pictures, and all {len(questions)} questions have the same one: "
+            "take more questions, or leave this control out"
+        )
     following = dict(zip(ring, ring[1:] + ring[:1], strict=True))
     return {picture: first[following[digest]] for picture, digest in content.items()}
 

@@ -54,7 +54,7 @@ WORDS = (
 SIDES = (224, 448)
 """Shortest and longest side of a picture, px."""
 
-SIZES = {"small": 0.20, "large": 0.34}
+SIZES = {"small": 0.25, "large": 0.40}
 """Side of an object over the picture's shorter side."""
 
 LETTER_SHARE = 32 / 336
@@ -217,7 +217,7 @@ def _sample(
     if signs is None:
         signs = rng.choices((0, 1, 2), (55, 25, 20))[0]
     if others is None:
-        others = rng.randint(0 if rng.random() < 0.3 else 1, 5 - group)
+        others = rng.randint(0 if rng.random() < 0.3 or group == 4 else 1, 4 - group)
     most = (4 if style == PAINTING else 5) - signs
     others = min(others, max(0, most - group))  # a group stays whole: its number is asked
 
@@ -252,8 +252,8 @@ def _look(rng: random.Random, kind: Kind, free: list[str]) -> tuple[str | None, 
 
 
 def _proportions(rng: random.Random) -> tuple[int, int]:
-    """Width and height in px: ratio 1:2 to 2:1 (uniform in its logarithm), sides within SIDES, multiples of 8."""
-    ratio = 2 ** rng.uniform(-1, 1)
+    """Width and height in px: ratio 2:3 to 3:2 (uniform in its logarithm), sides within SIDES, multiples of 8."""
+    ratio = 1.5 ** rng.uniform(-1, 1)
     low, high = SIDES
     long_side = rng.uniform(max(low, low * max(ratio, 1 / ratio)), high)
     width, height = (long_side, long_side / ratio) if ratio > 1 else (long_side * ratio, long_side)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 SHARPNESS = 16.0
-"""Cosines are multiplied by this before the softmax that picks a phrase."""
+"""Cosines are multiplied by this before the softmax over words."""
 
 RIDGE = 0.01
 """Added to the features' variances, as a share of their mean, before they are whitened."""
@@ -31,7 +31,8 @@ class Alignment:
     pictures: int
     steps: int
     named: float
-    """Share of all cells whose token lies nearest, by cosine, to the embedding of the phrase that the cell shows."""
+    """Share of the words of the cells' phrases that are among the words nearest to the cell's token, by cosine ("red dog": among the
+    nearest two)."""
     named_rare: float
     """The same over the cells of phrases rarer than the average one: objects, where backgrounds fill most of the rest."""
 
@@ -85,24 +86,28 @@ def align(
 ) -> Alignment:
     """Fit the projector's tokens to the word embeddings of what their cells show.
 
-    The loss of a cell is the squared distance to its phrase's embedding plus the cross-entropy of naming that phrase among all, by
-    cosine. A cell weighs as the square root of its phrase's rarity, or backgrounds would be all that is learned.
+    The loss of a cell is the squared distance to its phrase's embedding (the mean of its words') plus the cross-entropy of naming
+    its words among all, by cosine. A cell weighs as the square root of its phrase's rarity, or backgrounds would be all that is
+    learned.
 
     Args:
         projector: changed in place.
         features: (P, N, Dv), the tower's output for P generated pictures.
         cells: P lists of M phrases, row by row ("red dog", "beach", ...); "" where a cell shows nothing (letterbox margin).
-        embed: phrase -> (tokens, D), the language model's own word embeddings; a phrase is their mean.
+        embed: word -> (tokens, D), the language model's own embeddings of its tokens.
         held_out: share of the pictures that only measure.
         autocast: type of the matrix products.
     """
-    words = sorted({word for picture in cells for word in picture if word})
-    index = {word: i for i, word in enumerate(words)} | {"": -1}
-    table = torch.stack([embed(word).float().mean(0) for word in words])
-    goal = torch.tensor([[index[word] for word in picture] for picture in cells])
-    frequency = torch.bincount(goal[goal >= 0], minlength=len(words)).float()
-    centre = table.mean(0)
-    directions = normalize(table - centre, dim=-1)
+    phrases = sorted({phrase for picture in cells for phrase in picture if phrase})
+    words = sorted({word for phrase in phrases for word in phrase.split()})
+    # Each phrase as a distribution over words: half red, half dog.
+    shares = torch.tensor([[phrase.split().count(word) / len(phrase.split()) for word in words] for phrase in phrases])
+    embeddings = torch.stack([embed(word).float().mean(0) for word in words])
+    table, centre = shares @ embeddings, embeddings.mean(0)
+    directions = normalize(embeddings - centre, dim=-1)
+    index = {phrase: i for i, phrase in enumerate(phrases)} | {"": -1}
+    goal = torch.tensor([[index[phrase] for phrase in picture] for picture in cells])
+    frequency = torch.bincount(goal[goal >= 0], minlength=len(phrases)).float()
 
     layer = first_linear(projector, features.shape[-1])
     mean, matrix = whitening(features)
@@ -122,7 +127,8 @@ def align(
     for _ in track(range(steps), description="teaching the projector words"):
         said, meant = tokens(tests + torch.randint(len(features) - tests, (batch_size,), generator=draw))
         weight = frequency[meant].rsqrt()
-        naming = cross_entropy(SHARPNESS * normalize(said - centre, dim=-1) @ directions.T, meant, reduction="none")
+        nearness = normalize(said - centre, dim=-1) @ directions.T
+        naming = cross_entropy(SHARPNESS * nearness, shares[meant], reduction="none")
         loss = (weight * (naming + (said - table[meant]).square().sum(-1))).sum() / weight.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -131,7 +137,9 @@ def align(
 
     with torch.no_grad():
         said, meant = tokens(torch.arange(tests))
-        right = ((said - centre) @ directions.T).argmax(-1) == meant
+        ranks = ((said - centre) @ directions.T).argsort(descending=True).argsort()
+        length = (shares[meant] > 0).sum(1, keepdim=True)
+        right = (shares[meant] * (ranks < length)).sum(1)
         rare = frequency[meant] < frequency.mean()
     fold(layer, mean, matrix)
-    return Alignment(len(features), steps, right.float().mean().item(), right[rare].float().mean().item())
+    return Alignment(len(features), steps, right.mean().item(), right[rare].mean().item())
