@@ -31,12 +31,14 @@ class Chat:
 
     @classmethod
     def open(cls, folder: str | Path, max_new_tokens: int = 128) -> Chat:
-        """From a run folder, or from a folder in the released format.
+        """From a run folder (its last stage), or from a folder in the released format.
 
         Raises:
             ValueError: it is neither.
         """
         folder = Path(folder)
+        if (folder.parent / "config.yaml").exists():  # a stage's folder inside a run folder
+            folder = folder.parent
         if (folder / "config.yaml").exists():
             run = Run.find(folder)
             cfg = run.config

@@ -90,7 +90,8 @@ def stage(
     else:
         build.pretrained(model, cfg)
 
-    if cfg.recipe.cache_features and all(
+    sharded = any(word in str(cfg.trainer.strategy) for word in ("stage_3", "fsdp"))  # every device must run the tower then
+    if cfg.recipe.cache_features and not sharded and all(
         rate is None for s in cfg.strategy.values() for part, rate in s.rates.items() if part.startswith("vision")
     ):
         cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast)
@@ -127,7 +128,8 @@ def stage(
     if adapters is not None:
         model.language = adapters.merge_and_unload()
     if trainer.is_global_zero:
-        save_checkpoint(model, folder)
+        look = {**OmegaConf.to_container(cfg.model.pictures), "mode": recipe.pictures}
+        save_checkpoint(model, folder, extras={"image_aspect_ratio": recipe.pictures, "mvlm_pictures": look})
         seconds = time.monotonic() - began
         write_json(
             folder / "stage.json",

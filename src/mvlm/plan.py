@@ -102,18 +102,17 @@ def meta_model(module: Any, lora: Mapping[str, Any] | None = None) -> MobileVLM:
     return model
 
 
-def by_part(model: MobileVLM, learning: bool = False) -> dict[str, int]:
+def count_parts(model: MobileVLM, learning: bool = False) -> dict[str, int]:
     """Parameters of each part; only those that learn, if so asked."""
     from mvlm.strategy.parameters import by_part
 
-    counts = {
-        part: sum(p.numel() for p in ps if p.requires_grad or not learning) for part, ps in by_part(model).items()
-    }
+    parts = by_part(model).items()
+    counts = {part: sum(p.numel() for p in some if p.requires_grad or not learning) for part, some in parts}
     return {part: count for part, count in counts.items() if count}
 
 
 def work(model: MobileVLM, text: int) -> Work:
-    """Counts the FLOPs of one sample, a picture and `text` words, by running a meta model forward and backward.
+    """Count the FLOPs of one sample, a picture and `text` words, by running a meta model forward and backward.
 
     What has its gradients off is counted as torch would run it: a frozen tower has no backward at all, a frozen
     language model still passes gradients through to the projector. Logits are made at every word, as the reference
@@ -183,7 +182,7 @@ def states(total: int, learning: int, devices: int, zero: int) -> tuple[int, int
     bfloat16 weights (2 bytes a parameter) and gradients (2 a learning one); float32 master weights and Adam's two
     moments (12 a learning one). ZeRO-1 splits the optimizer's over the devices, ZeRO-2 the gradients too, ZeRO-3 the
     weights too. Plain mixed precision keeps float32 weights and gradients instead of a master copy: the same 16 bytes
-    a learning parameter.
+    a learning parameter, and 4 a frozen one.
     """
 
     def share(size: int, split_from: int) -> int:
@@ -217,7 +216,7 @@ def plan(cfg: DictConfig) -> Plan:
     from mvlm.strategy.parameters import freeze_and_group
 
     plain, stages = meta_model(cfg.model.module), {}
-    parameters, positions = by_part(plain), plain.image_tokens + cfg.text
+    parameters, positions = count_parts(plain), plain.image_tokens + cfg.text
     corpus = OmegaConf.to_container(cfg.corpus, resolve=False)
     for name, stage in cfg.strategy.items():
         samples, recipe = count_samples(list(cfg.data[name]), corpus), cfg.recipe[name]
@@ -225,13 +224,13 @@ def plan(cfg: DictConfig) -> Plan:
             continue
         model = meta_model(cfg.model.module, OmegaConf.to_container(stage.lora)) if "lora" in stage else plain
         freeze_and_group(model, OmegaConf.to_container(stage.rates, resolve=True))
-        learning = by_part(model, learning=True)
+        learning = count_parts(model, learning=True)
         seen = samples * recipe.epochs
         stages[name] = StagePlan(
             samples=seen,
             steps=math.ceil(samples / recipe.batch) * recipe.epochs,
             micro_batch=min(recipe.micro_batch, max(1, recipe.batch // cfg.devices)),
-            parameters=sum(by_part(model).values()),
+            parameters=sum(count_parts(model).values()),
             learning=learning,
             work=work(model, cfg.text),
             activations=activations(model.language.config, positions, cfg.text, "language" in learning),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +18,7 @@ from mvlm import build
 from mvlm.benchmark.base import Benchmark
 from mvlm.benchmark.evaluate import evaluate
 from mvlm.data.corpus import Corpus
+from mvlm.data.image import Pictures
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.page import CONTROLS, Shown, page
@@ -52,7 +54,9 @@ def run(
     cfg = run.config
     found = benchmarks(chosen, folder or files.benchmarks)
     talk = build.talk(cfg)
-    word = build.precision("auto")
+    if build.autocast_type(build.precision("auto")) == torch.bfloat16:
+        model = model.to(torch.bfloat16)  # once; autocast would convert the weights again for every batch
+    pictures = build.pictures(cfg, "finetune")
     results = evaluate(
         model,
         found,
@@ -61,10 +65,10 @@ def run(
         max_new_tokens=max_new_tokens,
         encode_prompt=lambda text, seen: talk.prompt(text, words, image_tokens=model.image_tokens, has_image=seen),
         decode=words.decode,
-        pictures=build.pictures(cfg, "finetune"),
+        pictures=pictures,
+        cropped=Pictures(pictures.size, "square", pictures.mean, pictures.std) if pictures.mode == "pad" else None,
         stop_ids=talk.stop_ids(words),
         batch_size=batch_size,
-        precision="bfloat16" if word.startswith("bf16") else "float32",
         features={},
     )
     results["model"] = run.folder.name
@@ -134,7 +138,7 @@ def page_of(run: Run, results: dict[str, Any], found: Sequence[Benchmark], pictu
     for benchmark in found:
         marks = results["benchmarks"][benchmark.name]["none"]["per_question"]
         answers = {}
-        for line in (run.folder / "answers" / f"{benchmark.name}.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (run.folder / "answers" / f"{benchmark.name}.jsonl").read_text(encoding="utf-8").strip("\n").split("\n"):
             entry = json.loads(line)
             answers[entry["id"]] = entry["text"]
         seen: dict[Any, int] = {}

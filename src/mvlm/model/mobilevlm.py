@@ -36,7 +36,8 @@ class MobileVLM(nn.Module):
         self.language = language
         self.projector = projector(vision.width, language.get_input_embeddings().embedding_dim)
         with torch.no_grad():
-            blank = torch.zeros(1, vision.grid**2, vision.width, device=next(self.projector.parameters()).device)
+            device = next(language.parameters()).device
+            blank = torch.zeros(1, vision.grid**2, vision.width, device=device)
             self.image_tokens: int = self.projector(blank).shape[1]
 
     @property
@@ -93,14 +94,16 @@ class MobileVLM(nn.Module):
         the same with an all-zero image.
         """
         features = batch.features
-        if features is None:
-            size, like = self.image_size, next(self.vision.parameters())
-            blank = batch.pixels is None
-            pixels = like.new_zeros(1, 3, size, size) if blank else batch.pixels
-            features = self.encode(pixels)
-            if blank:
-                return self.embed(batch.input_ids) + 0 * self.project(features).sum()
-        return self.embed(batch.input_ids, self.project(features))
+        if features is None and batch.pixels is None:
+            return self.embed(batch.input_ids) + 0 * self.project(self.blank()).sum()
+        return self.embed(batch.input_ids, self.project(self.encode(batch.pixels) if features is None else features))
+
+    def blank(self) -> Tensor:
+        """Features of a blank picture, (1, N, Dv). One process alone may spare the tower, whose output would be multiplied by zero."""
+        like = next(self.vision.parameters())
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return self.encode(like.new_zeros(1, 3, self.image_size, self.image_size))
+        return like.new_zeros(1, self.vision.grid**2, self.vision.width)
 
     def forward(self, batch: Batch) -> Loss:
         """Cross-entropy of every labelled position given all before it (Equation 2), summed.

@@ -1,0 +1,106 @@
+"""Every yaml under conf/ composes and builds, the count is asserted, and misspelt words are refused with the right ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from mvlm import build
+from mvlm.cli import check_overrides, groups
+from mvlm.data.datamodule import StepData
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+GROUPS = groups()
+
+
+def test_all_yaml_files_are_covered_here() -> None:
+    """Groups are walked below, so a new option is tested without anybody remembering to; a new group or page must be added."""
+    assert set(GROUPS) == {
+        "benchmark", "corpus", "data", "logger", "model", "projector", "recipe", "strategy", "trainer",
+    }  # fmt: skip
+    assert {p.stem for p in CONF.glob("*.yaml")} == {"train", "evaluate", "chat", "plan"}
+    assert sum(1 for _ in CONF.rglob("*.yaml")) == sum(map(len, GROUPS.values())) + 4
+
+
+@pytest.mark.parametrize("model", GROUPS["model"])
+@pytest.mark.parametrize("projector", GROUPS["projector"])
+def test_models_build_on_meta(configure, model: str, projector: str) -> None:
+    with torch.device("meta"):
+        net = build.model(configure(f"model={model}", f"projector={projector}"))
+    assert net.image_tokens in (net.vision.grid**2, net.vision.grid**2 // 4)
+    assert all(p.device.type == "meta" for p in net.parameters())
+
+
+@pytest.mark.parametrize("strategy", GROUPS["strategy"])
+@pytest.mark.parametrize("recipe", GROUPS["recipe"])
+def test_strategies_take_their_rates_from_every_recipe(configure, strategy: str, recipe: str) -> None:
+    cfg = configure(f"strategy={strategy}", f"recipe={recipe}")
+    for stage in build.STAGES:
+        rates = dict(cfg.strategy[stage].rates)
+        assert all(rate is None or 0 < rate < 0.1 for rate in rates.values())
+        look = build.pictures(configure("model=nano", f"recipe={recipe}"), stage)
+        assert look(__import__("PIL.Image", fromlist=["new"]).new("RGB", (30, 20))).shape == (3, 112, 112)
+        assert build.talk(cfg, stage).name == cfg.recipe[stage].template
+        StepData(range(1000), cfg.recipe[stage].batch, cfg.recipe[stage].micro_batch)
+
+
+@pytest.mark.parametrize("data", ["v1", "v2"])
+@pytest.mark.parametrize("corpus", ["pocket", "nano", "full"])
+def test_every_source_is_in_every_corpus(configure, data: str, corpus: str) -> None:
+    cfg = configure(f"data={data}", f"corpus={corpus}")
+    known = set(cfg.corpus.get("sources") or {}) | set(cfg.corpus.get("samples") or {})
+    for stage in build.STAGES:
+        assert set(cfg.data[stage]) <= known
+
+
+@pytest.mark.parametrize("trainer", GROUPS["trainer"])
+def test_trainers_name_lightnings_own_arguments(configure, trainer: str) -> None:
+    cfg = configure(f"trainer={trainer}")
+    here = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": build.precision(cfg.trainer.precision)}
+    assert instantiate(cfg.trainer, **here, logger=False).world_size == 1
+
+
+@pytest.mark.parametrize("logger", GROUPS["logger"])
+def test_loggers_build(configure, logger: str, tmp_path: Path) -> None:
+    made = instantiate(configure(f"logger={logger}").logger)
+    assert callable(made) and made.func.__name__ in ("WandbLogger", "CSVLogger")
+
+
+@pytest.mark.parametrize("benchmark", GROUPS["benchmark"])
+def test_benchmarks_read_the_generated_files(configure, benchmark: str) -> None:
+    from mvlm.score import benchmarks
+
+    cfg = configure("model=nano", f"benchmark=[{benchmark}]")
+    (made,) = benchmarks(cfg.benchmark, build.corpus(cfg).benchmarks)
+    assert made.name == benchmark and made.questions()
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("projector=ldpv3", "there is no such projector; did you mean 'ldpv2'?"),
+        ("modell=pocket", "there is no key 'modell'; did you mean 'model'?"),
+        ("recipe.pretrain.bach=3", "did you mean 'recipe.pretrain.batch'?"),
+        ("sead=1", "did you mean 'seed'?"),
+    ],
+)
+def test_misspelt_words_are_refused_with_the_right_ones(override: str, told: str) -> None:
+    with pytest.raises(ValueError) as error:
+        check_overrides("train", [override])
+    assert told in str(error.value)
+
+
+def test_good_words_pass() -> None:
+    check_overrides("train", ["projector=ldpv2", "projector.pool=1", "recipe=paper", "seed=1,2", "+new.key=1", "data.pretrain=[a.json]"])
+
+
+def test_a_misspelt_word_costs_one_line_and_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "train.py", "projektor=pw2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "did you mean 'projector'" in done.stderr
