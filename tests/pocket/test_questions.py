@@ -177,7 +177,7 @@ def test_settle_balances_yes_and_letters():
         lettered = [with_options(q, rng) for q in open_questions(scene, rng) if q.wrong]
         dialogues.append(pick([*pairs(scene, rng), *lettered], 8, rng))
     turns = [turn for dialogue in settle(dialogues, random.Random(1)) for turn in dialogue]
-    yes_no = [turn for turn in turns if not turn.is_choice]
+    yes_no = [turn for turn in turns if not turn.options]
     total = Counter(turn.answer for turn in yes_no)
     assert abs(total["yes"] - total["no"]) <= 1
     by_skill = defaultdict(Counter)
@@ -189,7 +189,7 @@ def test_settle_balances_yes_and_letters():
         counts = [letters[letter] for letter in LETTERS[:options]]
         assert min(counts) > 20 and max(counts) - min(counts) <= 1
     for turn in turns:
-        if turn.is_choice:
+        if turn.options:
             assert turn.options[LETTERS.index(turn.answer)] == turn.question.answer
             assert len(set(turn.options)) == len(turn.options)
 

@@ -106,10 +106,6 @@ class Turn:
         """The question, with its options a line each."""
         return "\n".join([self.question.text, *(f"{a}. {o}" for a, o in zip(LETTERS, self.options, strict=False))])
 
-    @property
-    def is_choice(self) -> bool:
-        return bool(self.options)
-
 
 def background_phrase(scene: Scene) -> str:
     """ "on a blue background", "in a forest" ... for captions."""

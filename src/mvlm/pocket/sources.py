@@ -128,16 +128,9 @@ def _record(source: str, number: int, scene: Scene | None, said: Sequence[tuple[
     return record if scene is None else {"id": record["id"], "image": scene.picture, "conversations": turns}
 
 
-def _suffixed(turns: Sequence[Turn], rng: random.Random) -> list[tuple[str, str]]:
-    """(human, gpt) with the instruction for short answers at the first turn or, half of the time, at each."""
-    each = rng.random() < 0.5
-    return [
-        (
-            f"{turn.text}\n{LETTER}" if turn.is_choice else f"{turn.text}\n{SHORT}" if each or k == 0 else turn.text,
-            turn.answer,
-        )
-        for k, turn in enumerate(turns)
-    ]
+def _suffixed(turns: Sequence[Turn], instruction: str = SHORT) -> list[tuple[str, str]]:
+    """(human, gpt) with the instruction at the first turn only, as LLaVA-1.5's mixture has it: at each it would double the text."""
+    return [(f"{turn.text}\n{instruction}" if k == 0 else turn.text, turn.answer) for k, turn in enumerate(turns)]
 
 
 Chooser = Callable[[Scene, random.Random], list[Slot]]
@@ -221,13 +214,15 @@ def sbu(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> 
 
 
 def visual_dialog(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
-    """A dialogue of up to ten short turns, open questions and yes/no mixed, without an instruction."""
+    """A dialogue of up to ten turns without an instruction: open questions answered by a word, yes/no ones with what is true."""
 
     def choose(scene: Scene, rng: random.Random) -> list[Slot]:
         return pick([*open_questions(scene, rng), *pairs(scene, rng)], min(10, turns + 2), rng)
 
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
-        return [(turn.text, turn.answer) for turn in settled]
+        return [
+            (turn.text, turn.question.sentence if turn.answer in ("yes", "no") else turn.answer) for turn in settled
+        ]
 
     return _dialogues("visual_dialog", scenes, count, rng, choose, write, fewest=2)
 
@@ -244,7 +239,7 @@ def textvqa(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random)
         return [*reading, *more] if reading else []
 
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
-        said = [(f"{turn.text}\n{SHORT}", turn.answer) for turn in settled]
+        said = _suffixed(settled)
         first = f"{settled[0].text}\nReference OCR token: {', '.join(ocr_tokens(scene, rng))}\n{SHORT}"
         return [(first, said[0][1]), *said[1:]]
 
@@ -265,7 +260,7 @@ def vsr(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> 
         return pick(pairs(scene, rng, skills=("relation", "position?", "size?")), turns, rng)
 
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
-        return _suffixed(settled, rng)
+        return _suffixed(settled)
 
     return _dialogues("vsr", scenes, count, rng, choose, write, fewest=2)
 
@@ -286,7 +281,7 @@ def iconqa(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) 
     """Multiple choice, answered by the letter."""
 
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
-        return [(f"{turn.text}\n{LETTER}", turn.answer) for turn in settled]
+        return _suffixed(settled, LETTER)
 
     return _dialogues("iconqa", scenes, count, rng, lambda s, r: choices(s, turns, r), write, fewest=2)
 
@@ -321,7 +316,8 @@ def sqa(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> 
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
         (turn,) = settled
         options = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, turn.options, strict=False))
-        human = f"{turn.question.text}\nContext: N/A\nOptions: {options}\n"
+        table_9, test_file = ("{}\nContext: N/A\n", "Context: N/A\nQuestion: {}\n")  # the paper's example, and the benchmark's
+        human = f"{rng.choice((table_9, test_file)).format(turn.question.text)}Options: {options}\n"
         return [(human, f"{LECTURES[turn.question.skill]} {turn.question.sentence} The answer is {turn.answer}.")]
 
     return _dialogues("sqa", scenes, count, rng, lambda s, r: choices(s, 1, r), write, fewest=1)
@@ -362,7 +358,7 @@ def short_answers(scenes: Sequence[Scene], count: int, turns: int, rng: random.R
         return pick([*open_questions(scene, rng), *pairs(scene, rng)], turns, rng)
 
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
-        return _suffixed(settled, rng)
+        return _suffixed(settled)
 
     return _dialogues("short", scenes, count, rng, choose, write, fewest=2)
 

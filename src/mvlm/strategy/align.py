@@ -77,7 +77,7 @@ def align(
     cells: Sequence[Sequence[str]],
     embed: Callable[[str], Tensor],
     *,
-    steps: int = 400,
+    steps: int = 800,
     batch_size: int = 8,
     rate: float = 3e-3,
     held_out: float = 0.05,

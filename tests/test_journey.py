@@ -1,0 +1,151 @@
+"""The whole journey at nano size, as a user types it: train, evaluate, ask; repeated at no cost; wrong input told in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvlm.run import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def shell(nano_cache: Path, tmp_path_factory: pytest.TempPathFactory):
+    """`shell("train.py", "model=nano")`: a script in a folder of its own, as from a terminal."""
+    folder = tmp_path_factory.mktemp("journey")
+    env = os.environ | {"MVLM_CACHE": str(nano_cache), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
+
+    def run(script: str, *words: str, ok: bool = True) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / script), *words]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
+        assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
+        return done
+
+    run.folder = folder
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(shell) -> Run:
+    shell("train.py", "model=nano")
+    return Run(shell.folder / "runs" / "nano-ldpv2-v2-unfreeze_llm-s0")
+
+
+def test_a_run_folder_holds_the_whole_story(trained: Run) -> None:
+    for name in ("config.yaml", "run.json", "results.json", "index.html", "pretrain/metrics.csv", "finetune/metrics.csv"):
+        assert (trained.folder / name).stat().st_size > 0, name
+    facts = trained.facts
+    assert facts["versions"]["torch"] == torch.__version__ and facts["seed"] == 0
+    assert all(len(sha) == 64 for sha in facts["data_sha256"].values()) and len(facts["data_sha256"]) == 10
+    for stage in ("pretrain", "finetune"):
+        told = json.loads((trained.folder / stage / "stage.json").read_text())
+        assert told["moved"] == {
+            "vision.lower": False, "vision.upper": False, "vision.unused": False, "projector": True, "language": True,
+        }  # fmt: skip
+        assert len(told["history"]) == told["steps"]
+        assert (trained.folder / stage / "model.safetensors").exists()
+    assert list(trained.folder.glob("wandb/offline-run-*")), "W&B ran offline"
+
+
+def test_scores_of_six_benchmarks_and_two_controls(trained: Run) -> None:
+    results = json.loads((trained.folder / "results.json").read_text())
+    assert set(results["benchmarks"]) == {"gqa", "sqa", "textvqa", "pope", "mme", "mmbench"}
+    for views in results["benchmarks"].values():
+        assert set(views) == {"none", "blind", "shuffled"}
+    for view, average in results["avg"].items():
+        assert average == pytest.approx(sum(v[view]["value"] for v in results["benchmarks"].values()) / 6)
+
+
+def test_the_page_is_self_contained(trained: Run) -> None:
+    page = (trained.folder / "index.html").read_text()
+    assert page.count("data:image/jpeg;base64,") >= 6
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_finished_command_is_not_done_again(shell, trained: Run) -> None:
+    watched = [trained.folder / stage / "model.safetensors" for stage in ("pretrain", "finetune")]
+    before = [path.stat().st_mtime_ns for path in watched]
+    shell("train.py", "model=nano")
+    assert before == [path.stat().st_mtime_ns for path in watched]
+
+
+def test_an_interrupted_cell_goes_on_with_its_second_stage(shell, trained: Run) -> None:
+    """Same seed, same data, one thread: the second stage trained again from the saved first one gives the same weights, bit for bit."""
+    from safetensors.torch import load_file
+
+    stage = trained.folder / "finetune"
+    before = load_file(stage / "model.safetensors")
+    (stage / "stage.json").unlink()
+    shell("train.py", "model=nano", "evaluate=false")
+    after = load_file(stage / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_folder_of_another_configuration_is_refused(shell, trained: Run) -> None:
+    told = shell("train.py", "model=nano", f"cell={trained.folder.name}", "recipe.clip=2.0", ok=False).stderr
+    assert "recipe.clip: 1.0 there, 2.0 here" in told and "Traceback" not in told
+
+
+def test_evaluate_scores_again_without_answering(shell, trained: Run) -> None:
+    done = shell("evaluate.py", f"run={trained.folder}", "benchmark=[pope]")
+    assert "POPE" in done.stdout
+
+
+def test_chat_answers_about_a_picture(shell, trained: Run) -> None:
+    picture = next((trained.folder.parents[1]).glob("**/*.jpg"), None) or ROOT / "tests/reference/images/img0.png"
+    done = shell("chat.py", f"run={trained.folder}", f"image={picture}", "prompt=What is this?", "max_new_tokens=5")
+    assert done.stdout.endswith("\n")
+
+
+@pytest.mark.parametrize("strategy", ["freeze_llm", "sharegpt4v", "lora"])
+def test_every_strategy_trains(shell, strategy: str) -> None:
+    shell("train.py", "model=nano", f"strategy={strategy}", "evaluate=false", "logger=csv")
+    told = json.loads((shell.folder / f"runs/nano-ldpv2-v2-{strategy}-s0/pretrain/stage.json").read_text())
+    assert told["moved"]["vision.upper"] == (strategy == "sharegpt4v")
+    assert told["moved"]["language"] == (strategy == "sharegpt4v")
+
+
+def test_own_data(shell) -> None:
+    """`data=custom`, with a picture and a text-only record."""
+    (shell.folder / "own.json").write_text(
+        json.dumps(
+            [
+                {"id": 1, "image": "img0.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]},
+                {"id": 2, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello to you."}]},
+            ]
+        )
+    )  # fmt: skip
+    shell(
+        "train.py", "model=nano", "data=custom", "data.finetune=[own.json]", f"data.images={ROOT / 'tests/reference/images'}",
+        "evaluate=false", "logger=csv", "recipe.finetune.batch=2", "recipe.finetune.micro_batch=1",
+    )  # fmt: skip
+
+
+GOOD = {"id": 1, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello."}]}
+BAD = {
+    "not JSON": ("[{]", "is not JSON: line 1, column 3"),
+    "no list": ("{}", "must hold a list of records"),
+    "empty": ("[]", "holds no sample: 0 records"),
+    "no conversations": (json.dumps([GOOD, {"id": 7}]), "record 1 (id 7): no field `conversations`"),
+    "unknown speaker": (json.dumps([{"conversations": [{"from": "bot", "value": "x"}]}]), "'bot'"),
+    "missing image": (json.dumps([GOOD | {"image": "gone.png"}]), "gone.png is missing"),
+    "path climbs out": (json.dumps([GOOD | {"image": "../img0.png"}]), "leads out of the image folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_is_told_in_one_line_before_any_work(shell, name: str) -> None:
+    text, told = BAD[name]
+    (shell.folder / "bad.json").write_text(text)
+    done = shell(
+        "train.py", "model=nano", "data=custom", "data.finetune=[bad.json]", f"data.images={ROOT / 'tests/reference/images'}",
+        f"cell=bad-{name.replace(' ', '-')}", "logger=csv", ok=False,
+    )  # fmt: skip
+    assert told in done.stderr and "Traceback" not in done.stderr
