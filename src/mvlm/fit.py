@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -94,8 +94,11 @@ def stage(
     if cfg.recipe.cache_features and not sharded and all(
         rate is None for s in cfg.strategy.values() for part, rate in s.rates.items() if part.startswith("vision")
     ):
-        cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast)
+        more = sorted(map(str, (files.root / "pictures").glob("*.jpg"))) if cfg.recipe.start == "words" and not before else []
+        cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
     facts: dict = {}
+    if cfg.recipe.start not in ("random", "words"):
+        raise ValueError(f"recipe.start is random or words, not {cfg.recipe.start!r}")
     if cfg.recipe.start == "words" and not before:
         facts["start"] = start_from_words(model, data[name], files, words, autocast)
 
@@ -148,13 +151,18 @@ def stage(
         )
 
 
-def cache_features(cfg: DictConfig, model: MobileVLM, data: dict[str, Mixture], autocast: torch.dtype | None) -> None:
-    """Give every dataset the frozen tower's output of its pictures, each encoded once for all stages that show it alike."""
+def cache_features(
+    cfg: DictConfig, model: MobileVLM, data: dict[str, Mixture], autocast: torch.dtype | None, more: Sequence[str] = ()
+) -> None:
+    """Give every dataset the frozen tower's output of its pictures, each encoded once for all stages that show it alike.
+
+    `more` are further pictures to encode, which the start needs.
+    """
     kept: dict[str, dict[str, Tensor]] = {}
     looks = {stage: cfg.recipe[stage].pictures for stage in data}
     for look in dict.fromkeys(looks.values()):
         alike = [s for s in data if looks[s] == look]
-        paths = [path for s in alike for path in data[s].pictures_used]
+        paths = [*more, *(path for s in alike for path in data[s].pictures_used)]
         kept[look] = encode_pictures(model, paths, build.pictures(cfg, alike[0]), autocast=autocast)
     for stage, mixture in data.items():
         for dataset in mixture.datasets:
