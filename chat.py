@@ -1,8 +1,8 @@
 """Ask a trained model about a picture; the answer is written as it comes.
 
-    python chat.py run=runs/pocket-ldpv2-v2-unfreeze_llm-s0 image=cat.png prompt="What is this?"
-    python chat.py run=<folder> image=cat.png                  asks for questions until an empty line
-    python chat.py run=<released MobileVLM folder> image=cat.png
+python chat.py run=runs/pocket-ldpv2-v2-unfreeze_llm-s0 image=cat.png prompt="What is this?"
+python chat.py run=<folder> image=cat.png                  asks for questions until an empty line
+python chat.py run=<released MobileVLM folder> image=cat.png
 """
 
 from __future__ import annotations

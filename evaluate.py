@@ -20,7 +20,9 @@ def main(cfg) -> None:
 
     run = Run.find(cfg.run)
     if cfg.protocol != "paper":
-        raise ValueError(f"protocol={cfg.protocol}: there is only protocol=paper, the reference's own prompts and scorers")
+        raise ValueError(
+            f"protocol={cfg.protocol}: there is only protocol=paper, the reference's own prompts and scorers"
+        )
     score.run(
         run,
         build.trained(run),

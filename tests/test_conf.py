@@ -97,10 +97,15 @@ def test_misspelt_words_are_refused_with_the_right_ones(override: str, told: str
 
 
 def test_good_words_pass() -> None:
-    check_overrides("train", ["projector=ldpv2", "projector.pool=1", "recipe=paper", "seed=1,2", "+new.key=1", "data.pretrain=[a.json]"])
+    check_overrides(
+        "train",
+        ["projector=ldpv2", "projector.pool=1", "recipe=paper", "seed=1,2", "+new.key=1", "data.pretrain=[a.json]"],
+    )
 
 
 def test_a_misspelt_word_costs_one_line_and_no_traceback() -> None:
-    done = subprocess.run([sys.executable, "train.py", "projektor=pw2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "train.py", "projektor=pw2"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "did you mean 'projector'" in done.stderr

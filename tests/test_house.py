@@ -22,7 +22,13 @@ LEVEL = {
 }  # fmt: skip
 """The ladder: a room imports rooms below it and itself; rooms of levels 1 and 2 never import one another, except as listed."""
 
-ALLOWED = {("strategy", "data"), ("strategy", "model"), ("benchmark", "model"), ("pocket", "data"), ("model", "projector")}
+ALLOWED = {
+    ("strategy", "data"),
+    ("strategy", "model"),
+    ("benchmark", "model"),
+    ("pocket", "data"),
+    ("model", "projector"),
+}
 """`model` imports projectors in checkpoint.py and names.py alone, to rebuild a released model from its type's name."""
 
 HYDRA_ROOMS = {"run", "plan", "cli", "build", "fit", "score"}
@@ -72,7 +78,11 @@ def test_every_room_is_on_the_ladder() -> None:
 
 @pytest.mark.parametrize("library, allowed", [("hydra", HYDRA_ROOMS), ("omegaconf", HYDRA_ROOMS)])
 def test_configuration_stays_in_its_rooms(library: str, allowed: set[str]) -> None:
-    users = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in modules() if any(n.split(".")[0] == library for n in imports(p))}
+    users = {
+        p.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for p in modules()
+        if any(n.split(".")[0] == library for n in imports(p))
+    }
     assert users <= allowed
 
 

@@ -28,7 +28,9 @@ def corpus(cfg: DictConfig) -> Corpus:
 
 def tokenizer(cfg: DictConfig) -> Tokenizer:
     """The language model's own tokenizer."""
-    return load_tokenizer(instantiate(cfg.model.tokenizer) if isinstance(cfg.model.tokenizer, DictConfig) else cfg.model.tokenizer)
+    return load_tokenizer(
+        instantiate(cfg.model.tokenizer) if isinstance(cfg.model.tokenizer, DictConfig) else cfg.model.tokenizer
+    )
 
 
 def model(cfg: DictConfig) -> MobileVLM:

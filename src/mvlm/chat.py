@@ -24,7 +24,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class Chat:
     """A model with its tokenizer, its template and its way to look at pictures."""
 
-    def __init__(self, model: MobileVLM, words: Tokenizer, talk: Template, pictures: Pictures, max_new_tokens: int = 128) -> None:
+    def __init__(
+        self, model: MobileVLM, words: Tokenizer, talk: Template, pictures: Pictures, max_new_tokens: int = 128
+    ) -> None:
         self.model, self.words, self.talk, self.pictures = model.eval(), words, talk, pictures
         self.max_new_tokens = max_new_tokens
         self.tokens: torch.Tensor | None = None
@@ -42,7 +44,13 @@ class Chat:
         if (folder / "config.yaml").exists():
             run = Run.find(folder)
             cfg = run.config
-            return cls(build.trained(run), build.tokenizer(cfg), build.talk(cfg), build.pictures(cfg, "finetune"), max_new_tokens)
+            return cls(
+                build.trained(run),
+                build.tokenizer(cfg),
+                build.talk(cfg),
+                build.pictures(cfg, "finetune"),
+                max_new_tokens,
+            )
         if (folder / "config.json").exists():
             model = from_released(folder)
             pictures = Pictures(model.image_size, "pad", CLIP_MEAN, CLIP_STD)
@@ -63,7 +71,9 @@ class Chat:
         stop, cache, said, shown = self.talk.stop_ids(self.words), DynamicCache(), [], ""
         embedded = self.model.embed(torch.tensor([ids]), self.tokens)
         for _ in range(self.max_new_tokens):
-            hidden = self.model.language.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = self.model.language.model(
+                inputs_embeds=embedded, past_key_values=cache, use_cache=True
+            ).last_hidden_state
             token = int(self.model.language.lm_head(hidden[:, -1]).argmax())
             if token in stop:
                 return

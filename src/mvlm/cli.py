@@ -21,10 +21,19 @@ def groups() -> dict[str, list[str]]:
 def help_text(main: Callable, config: str) -> str:
     """The script's own docstring, its groups and the page with its keys. Reads text only, so it takes no time."""
     page = (CONF / f"{config}.yaml").read_text()
-    used = [name for name in groups() if f"- {name}:" in page or f"/{name}:" in page or name in ("recipe", "corpus") and "- model:" in page]
+    used = [
+        name
+        for name in groups()
+        if f"- {name}:" in page or f"/{name}:" in page or (name in ("recipe", "corpus") and "- model:" in page)
+    ]
     lines = [f"  {name}={' | '.join(groups()[name])}" for name in used]
     shown = "\n\nchoices (conf/<group>/<option>.yaml):\n" + "\n".join(lines) if lines else ""
-    return textwrap.dedent(inspect.getmodule(main).__doc__ or "").strip() + shown + f"\n\nconf/{config}.yaml:\n" + textwrap.indent(page, "  ")
+    return (
+        textwrap.dedent(inspect.getmodule(main).__doc__ or "").strip()
+        + shown
+        + f"\n\nconf/{config}.yaml:\n"
+        + textwrap.indent(page, "  ")
+    )
 
 
 def _keys(tree, prefix: str = "") -> list[str]:
@@ -34,9 +43,13 @@ def _keys(tree, prefix: str = "") -> list[str]:
     for key in tree:
         name = f"{prefix}{key}"
         found.append(name)
-        if not OmegaConf.is_missing(tree, key) and isinstance(node := tree._get_node(key), DictConfig) and not node._is_none():
-            if not node._is_interpolation():
-                found += _keys(node, f"{name}.")
+        if (
+            not OmegaConf.is_missing(tree, key)
+            and isinstance(node := tree._get_node(key), DictConfig)
+            and not node._is_none()
+            and not node._is_interpolation()
+        ):
+            found += _keys(node, f"{name}.")
     return found
 
 
@@ -56,7 +69,9 @@ def check_overrides(config: str, overrides: list[str]) -> None:
             continue
         for option in value.strip("[]").split(","):
             if option.strip() and option.strip() not in options[key]:
-                raise ValueError(f"{key}={option}: there is no such {key}{_nearest(option, options[key])} (there are: {', '.join(options[key])})")
+                raise ValueError(
+                    f"{key}={option}: there is no such {key}{_nearest(option, options[key])} (there are: {', '.join(options[key])})"
+                )
         if "," not in value or value.startswith("["):
             chosen.append(override)
     with initialize_config_dir(str(CONF), version_base="1.3"):

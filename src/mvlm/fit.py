@@ -59,7 +59,14 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run) -> None:
             continue
         rates = OmegaConf.to_container(cfg.strategy[stage].rates, resolve=True)
         claimed_rates({"vision.lower", "vision.upper", "projector", "language"}, rates)
-        steps = cfg.recipe[stage].epochs * StepData(mixture, cfg.recipe[stage].batch, cfg.recipe[stage].micro_batch).steps
+        steps = (
+            cfg.recipe[stage].epochs * StepData(mixture, cfg.recipe[stage].batch, cfg.recipe[stage].micro_batch).steps
+        )
+        if steps < 2:
+            raise ValueError(
+                f"{stage} has 1 step of {cfg.recipe[stage].batch} samples, and the first step's learning rate is zero (warm-up): "
+                f"nothing would learn from {len(mixture)} samples. Give it more data, or a smaller recipe.{stage}.batch"
+            )
         for number, (source, count) in enumerate(mixture.counts.items()):
             told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
@@ -82,7 +89,9 @@ def stage(
     quiet()
     began = time.monotonic()
     recipe, folder = cfg.recipe[name], run.folder / name
-    trainer_arguments = OmegaConf.to_container(cfg.trainer, resolve=True) | {"precision": build.precision(cfg.trainer.precision)}
+    trainer_arguments = OmegaConf.to_container(cfg.trainer, resolve=True) | {
+        "precision": build.precision(cfg.trainer.precision)
+    }
     autocast = build.autocast_type(trainer_arguments["precision"])
     before = next((s for s in build.STAGES[: build.STAGES.index(name)] if run.finished(s)), None)
     if before:
@@ -90,11 +99,21 @@ def stage(
     else:
         build.pretrained(model, cfg)
 
-    sharded = any(word in str(cfg.trainer.strategy) for word in ("stage_3", "fsdp"))  # every device must run the tower then
-    if cfg.recipe.cache_features and not sharded and all(
-        rate is None for s in cfg.strategy.values() for part, rate in s.rates.items() if part.startswith("vision")
+    sharded = any(
+        word in str(cfg.trainer.strategy) for word in ("stage_3", "fsdp")
+    )  # every device must run the tower then
+    if (
+        cfg.recipe.cache_features
+        and not sharded
+        and all(
+            rate is None for s in cfg.strategy.values() for part, rate in s.rates.items() if part.startswith("vision")
+        )
     ):
-        more = sorted(map(str, (files.root / "pictures").glob("*.jpg"))) if cfg.recipe.start == "words" and not before else []
+        more = (
+            sorted(map(str, (files.root / "pictures").glob("*.jpg")))
+            if cfg.recipe.start == "words" and not before
+            else []
+        )
         cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
     facts: dict = {}
     if cfg.recipe.start not in ("random", "words"):
@@ -242,7 +261,9 @@ class Bar(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer, *_) -> None:
         super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description(f"{self.stage}, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+        self.train_progress_bar.set_description(
+            f"{self.stage}, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+        )
 
 
 def quiet() -> None:

@@ -98,7 +98,7 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{CONTROLS[c]}</th>" for c in controls)
     rows = ""
     for name, row in scores.items():
-        cells = "".join(f"<td>{html.escape(str(row.get(c, '–')))}</td>" for c in controls)
+        cells = "".join(f"<td>{html.escape(str(row.get(c, '-')))}</td>" for c in controls)
         rows += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
     return f"<table><tr><th></th>{head}</tr>{rows}</table>"
 
@@ -120,7 +120,9 @@ def gallery(shown: Sequence[Shown]) -> str:
                 f'<li class="{"right" if right else "wrong"}"><span class="q">{html.escape(i.benchmark)}: '
                 f"{html.escape(i.question)}</span><br><b>{'✓' if right else '✗'} {said}</b>{truth}</li>"
             )
-        out += f'<div class="card"><img src="{thumbnail(image)}" alt="a picture of the benchmark"><ul>{lines}</ul></div>'
+        out += (
+            f'<div class="card"><img src="{thumbnail(image)}" alt="a picture of the benchmark"><ul>{lines}</ul></div>'
+        )
     return f'<div class="cards">{out}</div>'
 
 

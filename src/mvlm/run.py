@@ -1,14 +1,14 @@
 """A run folder: what one script writes and the next reads.
 
-    config.yaml      the resolved configuration
-    run.json         versions, hardware, commit, seed, hashes of the data, the W&B run id
-    pretrain/        the model after the stage, in the released layout, and stage.json: losses, what moved, counts
-    finetune/        likewise
-    metrics/         metrics.csv: every logged figure by step
-    wandb/           the offline W&B run; `wandb sync` sends it
-    answers/         one JSON line a question, benchmark by benchmark
-    results.json     the scores
-    index.html       questions, pictures and answers to look at
+config.yaml      the resolved configuration
+run.json         versions, hardware, commit, seed, hashes of the data, the W&B run id
+pretrain/        the model after the stage, in the released layout, and stage.json: losses, what moved, counts
+finetune/        likewise
+metrics/         metrics.csv: every logged figure by step
+wandb/           the offline W&B run; `wandb sync` sends it
+answers/         one JSON line a question, benchmark by benchmark
+results.json     the scores
+index.html       questions, pictures and answers to look at
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-MACHINE_KEYS = ("runs", "cell", "workers", "trainer", "logger", "evaluate", "controls", "benchmark", "benchmark_root", "hydra")
+MACHINE_KEYS = (
+    "runs",
+    "cell",
+    "workers",
+    "trainer",
+    "logger",
+    "evaluate",
+    "controls",
+    "benchmark",
+    "benchmark_root",
+    "hydra",
+)
 """Keys that say where and how fast, not what: a run folder may be continued with others."""
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightning", "torchmetrics", "hydra-core", "wandb")
 
@@ -64,7 +75,11 @@ def cell_name(cfg: DictConfig) -> str:
     keys = [override.lstrip("+~").split("=")[0] for override in hydra.overrides.task]
     if all(key in free or key.split(".")[0] in MACHINE_KEYS for key in keys):
         return name
-    content = {k: v for k, v in flatten(OmegaConf.to_container(cfg, resolve=True)).items() if k.split(".")[0] not in MACHINE_KEYS}
+    content = {
+        k: v
+        for k, v in flatten(OmegaConf.to_container(cfg, resolve=True)).items()
+        if k.split(".")[0] not in MACHINE_KEYS
+    }
     return f"{name}-{hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:6]}"
 
 
@@ -86,8 +101,14 @@ class Run:
         config = run.folder / "config.yaml"
         if config.exists():
             there = OmegaConf.to_container(OmegaConf.load(config))
-            old, new = ({k: v for k, v in flatten(t).items() if k.split(".")[0] not in MACHINE_KEYS} for t in (there, wanted))
-            differs = [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted(old | new) if old.get(k) != new.get(k)]
+            old, new = (
+                {k: v for k, v in flatten(t).items() if k.split(".")[0] not in MACHINE_KEYS} for t in (there, wanted)
+            )
+            differs = [
+                f"  {k}: {old.get(k)!r} there, {new.get(k)!r} here"
+                for k in sorted(old | new)
+                if old.get(k) != new.get(k)
+            ]
             if differs:
                 raise ValueError(
                     f"{run.folder} holds a run of another configuration:\n" + "\n".join(differs[:20]) + "\n"
@@ -109,7 +130,9 @@ class Run:
         run = cls(Path(folder))
         if not (run.folder / "config.yaml").exists():
             others = sorted(str(p.parent) for p in Path("runs").glob("*/config.yaml"))
-            raise ValueError(f"{folder} is no run folder (no config.yaml in it); there are: {', '.join(others) or 'none yet'}")
+            raise ValueError(
+                f"{folder} is no run folder (no config.yaml in it); there are: {', '.join(others) or 'none yet'}"
+            )
         return run
 
     @property
@@ -144,7 +167,9 @@ class Run:
         for stage in ("finetune", "pretrain"):
             if self.finished(stage):
                 return self.folder / stage
-        raise ValueError(f"{self.folder} holds no finished stage: run train.py with its configuration again, it goes on where it stopped")
+        raise ValueError(
+            f"{self.folder} holds no finished stage: run train.py with its configuration again, it goes on where it stopped"
+        )
 
 
 def manifest() -> dict[str, Any]:

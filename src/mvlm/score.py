@@ -84,7 +84,8 @@ def rows(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     table = {}
     for name, views in results["benchmarks"].items():
         table[TITLES.get(name, name)] = {
-            view: f"{s['value']:.1f}" + (f" ± {(s['interval'][1] - s['interval'][0]) / 2:.1f}" if view == "none" else "")
+            view: f"{s['value']:.1f}"
+            + (f" ± {(s['interval'][1] - s['interval'][0]) / 2:.1f}" if view == "none" else "")
             for view, s in views.items()
         }
     if results["avg"]["none"] is not None:
@@ -122,7 +123,9 @@ def log(results: dict[str, Any], wandb: WandbLogger | None) -> None:
 def about(run: Run, results: dict[str, Any]) -> str:
     """What produced the figures: they are never to be read without it."""
     cfg = run.config
-    corpus = "generated pocket benchmarks" if "pocket" in str(cfg.corpus.root) else "benchmark files of " + results["corpus"]
+    corpus = (
+        "generated pocket benchmarks" if "pocket" in str(cfg.corpus.root) else "benchmark files of " + results["corpus"]
+    )
     return f"{run.folder.name}, protocol {results['protocol']}, {corpus}, 95% intervals over pictures"
 
 
@@ -138,7 +141,9 @@ def page_of(run: Run, results: dict[str, Any], found: Sequence[Benchmark], pictu
     for benchmark in found:
         marks = results["benchmarks"][benchmark.name]["none"]["per_question"]
         answers = {}
-        for line in (run.folder / "answers" / f"{benchmark.name}.jsonl").read_text(encoding="utf-8").strip("\n").split("\n"):
+        for line in (
+            (run.folder / "answers" / f"{benchmark.name}.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")
+        ):
             entry = json.loads(line)
             answers[entry["id"]] = entry["text"]
         seen: dict[Any, int] = {}
@@ -148,9 +153,19 @@ def page_of(run: Run, results: dict[str, Any], found: Sequence[Benchmark], pictu
             seen[q.image] = seen.get(q.image, 0) + 1
             if seen[q.image] <= 3:
                 truth = q.truth if isinstance(q.truth, str) else json.dumps(q.truth, default=str)
-                shown.append(Shown(TITLES.get(benchmark.name, benchmark.name), q.text, truth, answers[q.id], marks[q.id], q.image))
+                shown.append(
+                    Shown(
+                        TITLES.get(benchmark.name, benchmark.name),
+                        q.text.split("\nAnswer ")[0],
+                        truth,
+                        answers[q.id],
+                        marks[q.id],
+                        q.image,
+                    )
+                )
     note = (
-        about(run, results) + ". The controls ask the same questions with no picture and with another question's picture: "
+        about(run, results)
+        + ". The controls ask the same questions with no picture and with another question's picture: "
         "what a model gains over them is what it sees."
     )
     return page(f"{run.folder.name}", note, rows(results), history, shown)

@@ -132,7 +132,7 @@ def test_repaint_keeps_lines_and_order():
 
 
 def test_missing_drawings_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"lacks 60 of 60 OpenMoji files \(first: 1F415.svg\)"):
+    with pytest.raises(ValueError, match=rf"lacks {len(KINDS)} of {len(KINDS)} OpenMoji files \(first: 1F415.svg\)"):
         Sprites(tmp_path)
 
 

@@ -13,7 +13,13 @@ PARTS = {"vision.lower", "vision.upper", "vision.unused", "projector", "language
 
 def test_a_part_takes_its_own_line_before_its_rooms() -> None:
     rates = claimed_rates(PARTS, {"vision": None, "vision.upper": 2e-5, "projector": 1e-3, "language": 2e-5})
-    assert rates == {"vision.lower": None, "vision.upper": 2e-5, "vision.unused": None, "projector": 1e-3, "language": 2e-5}
+    assert rates == {
+        "vision.lower": None,
+        "vision.upper": 2e-5,
+        "vision.unused": None,
+        "projector": 1e-3,
+        "language": 2e-5,
+    }
 
 
 def test_an_unclaimed_part_is_an_error() -> None:
@@ -76,5 +82,5 @@ def test_a_single_changed_bit_shows(configure) -> None:
     after = fingerprints(model)
     assert {part for part in before if before[part] != after[part]} == {"projector"}
     assert verify_moved(before, after, {"projector"})["projector"]
-    with pytest.raises(RuntimeError, match="projector changed though frozen, language did not change though it learns|language did not"):
+    with pytest.raises(RuntimeError, match="language did not change though it learns, projector changed though frozen"):
         verify_moved(before, after, {"language"})

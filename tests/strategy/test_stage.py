@@ -44,7 +44,9 @@ def test_schedule_is_the_references(steps: int, warmup: float) -> None:
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     wanted = get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)
     for step in range(steps):
-        assert cosine_with_warmup(step, steps, math.ceil(warmup * steps)) == pytest.approx(wanted.get_last_lr()[0], abs=1e-12)
+        assert cosine_with_warmup(step, steps, math.ceil(warmup * steps)) == pytest.approx(
+            wanted.get_last_lr()[0], abs=1e-12
+        )
         optimizer.step()
         wanted.step()
 
@@ -76,7 +78,7 @@ def test_losses_are_pinned(parts) -> None:
     assert [round(e["loss"], 3) for e in stage.history] == pytest.approx(PINNED, abs=2e-3)
 
 
-PINNED = [0.0, 0.0, 0.0]
+PINNED = [5.510, 5.310, 5.213]
 
 
 @pytest.mark.parametrize("strategy", ["freeze_llm", "unfreeze_llm", "sharegpt4v"])
@@ -93,12 +95,12 @@ def test_steps_follow_the_rates(parts) -> None:
     """Adam's first step is its rate in every weight that has a gradient (up to eps), so the largest change of a part shows the
     rate that was really used."""
     _, model, mixture = parts
-    before = {k: v.clone() for k, v in model.named_parameters()}
+    before = {k: v.detach().clone() for k, v in model.named_parameters()}
     fit(model, mixture, steps=1, rates={"vision": None, "projector": 1e-3, "language": 2e-5})
     largest = {"projector": 0.0, "language": 0.0}
     for name, p in model.named_parameters():
         if model.part(name) in largest:
-            largest[model.part(name)] = max(largest[model.part(name)], float((p - before[name]).abs().max()))
+            largest[model.part(name)] = max(largest[model.part(name)], float((p.detach() - before[name]).abs().max()))
     assert largest["projector"] == pytest.approx(1e-3, rel=0.02)
     assert largest["language"] == pytest.approx(2e-5, rel=0.02)
 

@@ -20,7 +20,8 @@ def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
     """
     count = min(count, len(mixture) // 8)
     places = [
-        [place for place in chosen if dataset.picture(place)] for dataset, chosen in zip(mixture.datasets, mixture._chosen, strict=True)
+        [place for place in chosen if dataset.picture(place)]
+        for dataset, chosen in zip(mixture.datasets, mixture._chosen, strict=True)
     ]
     taken: dict[str, tuple[int, int]] = {}
     depth = 0

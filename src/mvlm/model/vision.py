@@ -20,7 +20,11 @@ class Vision(nn.Module):
 
     def __init__(self, name: str, image_size: int, **timm_arguments) -> None:
         super().__init__()
-        self.arguments = {"name": name, "image_size": image_size, **timm_arguments}  # a saved model says how to build it
+        self.arguments = {
+            "name": name,
+            "image_size": image_size,
+            **timm_arguments,
+        }  # a saved model says how to build it
         self.tower = timm.create_model(name, img_size=image_size, num_classes=0, global_pool="", **timm_arguments)
         self.image_size = image_size
         self.width: int = self.tower.embed_dim

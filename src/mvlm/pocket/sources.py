@@ -316,7 +316,10 @@ def sqa(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> 
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
         (turn,) = settled
         options = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, turn.options, strict=False))
-        table_9, test_file = ("{}\nContext: N/A\n", "Context: N/A\nQuestion: {}\n")  # the paper's example, and the benchmark's
+        table_9, test_file = (
+            "{}\nContext: N/A\n",
+            "Context: N/A\nQuestion: {}\n",
+        )  # the paper's example, and the benchmark's
         human = f"{rng.choice((table_9, test_file)).format(turn.question.text)}Options: {options}\n"
         return [(human, f"{LECTURES[turn.question.skill]} {turn.question.sentence} The answer is {turn.answer}.")]
 

@@ -14,5 +14,7 @@ def attach(language: nn.Module, *, r: int, lora_alpha: int, lora_dropout: float)
     the adapters to the weights and takes them out again.
     """
     linear = {n.rsplit(".", 1)[-1] for n, m in language.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
-    adapters = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=sorted(linear), bias="none")
+    adapters = LoraConfig(
+        r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=sorted(linear), bias="none"
+    )
     return LoraModel(language, {"default": adapters}, "default")

@@ -34,7 +34,9 @@ def claimed_rates(parts: set[str], rates: Rates) -> dict[str, float | None]:
         used.add(line)
         rate_of[part] = rates[line]
     if idle := set(rates) - used:
-        raise ValueError(f"the learning rates name {sorted(idle)}, which claim nothing: the model's parts are {sorted(parts)}")
+        raise ValueError(
+            f"the learning rates name {sorted(idle)}, which claim nothing: the model's parts are {sorted(parts)}"
+        )
     return rate_of
 
 
@@ -91,6 +93,8 @@ def verify_moved(before: Mapping[str, int], after: Mapping[str, int], learning: 
     moved = {part: before[part] != after[part] for part in before}
     wrong = [part for part, did in moved.items() if did != (part in learning)]
     if wrong:
-        told = ", ".join(f"{p} {'changed though frozen' if moved[p] else 'did not change though it learns'}" for p in wrong)
+        told = ", ".join(
+            f"{p} {'changed though frozen' if moved[p] else 'did not change though it learns'}" for p in wrong
+        )
         raise RuntimeError(f"the strategy was not carried out: {told}. The weights of this stage were not saved.")
     return moved
