@@ -91,7 +91,7 @@ def test_lightning_stays_in_its_files() -> None:
     assert users == LIGHTNING_FILES
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "chat"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "chat", "doctor"])
 def test_help_is_quick_and_loads_nothing(name: str) -> None:
     """Under a second is promised; five times that is allowed here, since a loaded machine is no fault of the code. That nothing
     heavy is imported is what keeps the promise, and that is exact."""

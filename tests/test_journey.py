@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvlm import build
+from mvlm import build, fit
 from mvlm.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +163,30 @@ def test_bad_data_is_refused_before_any_work(configure, tmp_path: Path, name: st
     )
     with pytest.raises(ValueError, match=re.escape(told)):
         build.mixture(cfg, "finetune", build.corpus(cfg), build.tokenizer(cfg), 16)
+
+
+def test_doctor_counts_what_is_wrong(shell) -> None:
+    """A missing and a corrupt picture and a blanked dialogue, each found, counted and listed; the exit code tells."""
+    blank = {"id": 3, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": ""}]}
+    pictures = shell.folder / "pictures"
+    pictures.mkdir()
+    (pictures / "torn.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    records = [GOOD, GOOD | {"image": "gone.jpg"}, GOOD | {"image": "torn.jpg"}, blank]
+    (shell.folder / "sick.json").write_text(json.dumps(records))
+    words = ("data=custom", "data.finetune=[sick.json]", "data.images=pictures", "report=checked")
+    done = shell("doctor.py", "model=nano", *words, ok=False)
+    assert "no label" in done.stderr and "Traceback" not in done.stderr
+    told = "".join(path.read_text() for path in (shell.folder / "checked").glob("*.json"))
+    assert all(word in told for word in ("missing", "corrupt", "blanked"))
+
+
+def test_dialogues_without_labels_stop_a_run(configure, tmp_path: Path) -> None:
+    blank = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": ""}]}
+    (tmp_path / "blank.json").write_text(json.dumps([GOOD] * 9 + [blank]))
+    cfg = configure("model=nano", "data=custom", f"data.finetune=[{tmp_path / 'blank.json'}]", "data.images=.")
+    mixture = build.mixture(cfg, "finetune", build.corpus(cfg), build.tokenizer(cfg), 16)
+    with pytest.raises(ValueError, match="1 of 10 dialogues looked at teach nothing"):
+        fit.check_labels("finetune", mixture)
 
 
 def test_bad_data_is_told_in_one_line(shell) -> None:

@@ -65,7 +65,9 @@ def talk(cfg: DictConfig, stage: str = "finetune") -> Template:
     return template(cfg.recipe[stage].template)
 
 
-def mixture(cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int) -> Mixture | None:
+def mixture(
+    cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int, on_bad_sample: str = "stop"
+) -> Mixture | None:
     """A stage's samples, checked record by record; None if the stage has no data."""
     names = list(cfg.data[stage])
     if not names:
@@ -81,6 +83,7 @@ def mixture(cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_
                 image_tokens=image_tokens,
                 max_length=cfg.recipe.max_length,
                 source=source.name,
+                on_bad_sample=on_bad_sample,
             )
             for source in sources_of(files, names, cfg.data.images)
         ],

@@ -28,6 +28,7 @@ from mvlm import build
 from mvlm.data.collate import collate
 from mvlm.data.corpus import Corpus
 from mvlm.data.datamodule import StepData
+from mvlm.data.doctor import BLANKED_LIMIT
 from mvlm.data.held_out import hold_out
 from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
@@ -39,6 +40,9 @@ from mvlm.strategy.align import align
 from mvlm.strategy.features import encode_pictures
 from mvlm.strategy.parameters import claimed_rates
 from mvlm.strategy.stage import Stage
+
+LOOKED_AT = 2000
+"""Dialogues of a stage that are tokenised before training, to see that they have labels."""
 
 HELD_OUT = 12
 """Samples whose loss with the true and with another picture is watched while a stage learns."""
@@ -67,12 +71,30 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run) -> None:
                 f"{stage} has 1 step of {cfg.recipe[stage].batch} samples, and the first step's learning rate is zero (warm-up): "
                 f"nothing would learn from {len(mixture)} samples. Give it more data, or a smaller recipe.{stage}.batch"
             )
+        check_labels(stage, mixture)
         for number, (source, count) in enumerate(mixture.counts.items()):
             told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
         hashes |= {f"{stage}/{d.source}": file_hash(d.annotations) for d in mixture.datasets}
     run.note(data_sha256=hashes)
     Console().print(table)
+
+
+def check_labels(stage: str, mixture: Mixture) -> None:
+    """Tokenise a sample of the dialogues (at most LOOKED_AT, evenly spread) and count those that are left without a label.
+
+    Raises:
+        ValueError: more than BLANKED_LIMIT of them.
+    """
+    every = -(-len(mixture) // LOOKED_AT)
+    looked_at = [mixture.find(k) for k in range(0, len(mixture), every)]
+    blanked = [f"{d.source} record {d.record_number(place)}" for d, place in looked_at if d.encoded(place).blanked]
+    if len(blanked) > BLANKED_LIMIT * len(looked_at):
+        raise ValueError(
+            f"{stage}: {len(blanked)} of {len(looked_at)} dialogues looked at teach nothing, for they have no label (limit "
+            f"{BLANKED_LIMIT:.1%}), the first: {blanked[0]}. Their answers are empty or lie beyond recipe.max_length; "
+            "python doctor.py lists all of them"
+        )
 
 
 def stage(

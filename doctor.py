@@ -1,0 +1,34 @@
+"""Look a corpus over before training on it: every picture decoded once, every dialogue tokenised, counted by source.
+
+    python doctor.py data=v2                                   the generated corpus
+    python doctor.py model=1.7b data=v2 corpus.root=/data      the real files
+    python doctor.py data=custom data.finetune=[mine.json] data.images=pictures/ report=checked/
+
+Missing, corrupt, blanked (no label left), too long; token histograms. The report and the list of records to leave out
+are written where `report` says. The exit code is 1 if more than 0.1 % of a source would teach nothing.
+"""
+
+from __future__ import annotations
+
+from mvlm.cli import script
+
+
+def main(cfg) -> None:
+    import torch
+    from rich.console import Console
+
+    from mvlm import build
+    from mvlm.data.doctor import check_blanked, examine
+
+    with torch.device("meta"):
+        image_tokens = build.model(cfg).image_tokens
+    files, words = build.corpus(cfg), build.tokenizer(cfg)
+    stages = [build.mixture(cfg, stage, files, words, image_tokens, on_bad_sample="skip") for stage in build.STAGES]
+    report = examine([dataset for mixture in stages if mixture for dataset in mixture.datasets])
+    Console().print(report.table())
+    report.save(cfg.report)
+    check_blanked(report)
+
+
+if __name__ == "__main__":
+    script(main, "doctor")
