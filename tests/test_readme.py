@@ -27,7 +27,7 @@ def test_the_commands_run(nano_cache: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "tests/reference/images/img0.png", tmp_path / "pictures/own.png")
     shutil.copy(ROOT / "tests/reference/images/img1.png", tmp_path / "cat.png")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
-    (tmp_path / "mine.json").write_text(json.dumps([{"id": 1, "image": "own.png", "conversations": turns}] * 4))
+    (tmp_path / "mine.json").write_text(json.dumps([{"id": 1, "image": "own.png", "conversations": turns}] * 8))
     env = os.environ | {"MVLM_CACHE": str(nano_cache), "OMP_NUM_THREADS": "1"}
     ran = commands()
     assert len(ran) >= 6, "the README shows its commands"
