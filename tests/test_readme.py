@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -22,6 +24,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
+@pytest.mark.slow  # a hundred seconds; CI runs it
 def test_the_commands_run(nano_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     shutil.copy(ROOT / "tests/reference/images/img0.png", tmp_path / "pictures/own.png")
