@@ -88,7 +88,9 @@ def check_labels(stage: str, mixture: Mixture) -> None:
     """
     every = -(-len(mixture) // LOOKED_AT)
     looked_at = [mixture.find(k) for k in range(0, len(mixture), every)]
-    blanked = [f"{d.source} record {d.record_number(place)}" for d, place in looked_at if d.encoded(place).blanked]
+    blanked = [
+        f"{d.source} record {d.record_number(place)}" for d, place in looked_at if d.encode(d.record(place)).blanked
+    ]
     if len(blanked) > BLANKED_LIMIT * len(looked_at):
         raise ValueError(
             f"{stage}: {len(blanked)} of {len(looked_at)} dialogues looked at teach nothing, for they have no label (limit "

@@ -177,17 +177,6 @@ class LlavaDataset(Dataset[Sample]):
         paths = (self.picture(k) for k, length in enumerate(self._lengths) if length > 0)
         return list(dict.fromkeys(paths))
 
-    def encoded(self, index: int) -> Encoded:
-        """A sample's ids and labels, its picture untouched."""
-        record = self.record(index)
-        return self.template.encode(
-            record["conversations"],
-            self.tokenizer,
-            image_tokens=self.image_tokens,
-            max_length=self.max_length,
-            has_image=record.get("image") is not None,
-        )
-
     def _sample(self, index: int) -> Sample:
         record = self.record(index)
         name, encoded = record.get("image"), self.encode(record)
