@@ -44,7 +44,7 @@ from mvlm.strategy.stage import Stage
 LOOKED_AT = 2000
 """Dialogues of a stage that are tokenised before training, to see that they have labels."""
 
-HELD_OUT = 12
+HELD_OUT = 8
 """Samples whose loss with the true and with another picture is watched while a stage learns."""
 
 

@@ -37,7 +37,7 @@ def data(samples=23, global_batch=8, micro_batch=2, **options):
     return StepData(Numbers(samples), global_batch, micro_batch, **options)
 
 
-@pytest.mark.parametrize("order", ["random", "grouped"])
+@pytest.mark.parametrize("order", ["random", "grouped", "text_first"])
 def test_batches_are_the_same_with_workers(order):
     alone, helped = (data(order=order, workers=workers).train_dataloader() for workers in (0, 2))
     state = torch.get_rng_state()
@@ -152,7 +152,7 @@ def test_going_on_with_another_order_is_refused():
 
 
 def test_what_is_wrong_is_said():
-    with pytest.raises(ValueError, match="random or grouped, not 'sorted'"):
+    with pytest.raises(ValueError, match="random, grouped or text_first, not 'sorted'"):
         data(order="sorted")
     with pytest.raises(ValueError, match="cannot be split into micro-batches of 3"):
         data(micro_batch=3)

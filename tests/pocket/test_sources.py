@@ -10,7 +10,7 @@ import pytest
 
 from mvlm.pocket.objects import KINDS
 from mvlm.pocket.questions import LETTER, SHORT
-from mvlm.pocket.scene import BACKDROPS, CELLS, WORDS, sample_scene
+from mvlm.pocket.scene import BACKDROPS, CELLS, COLOURS, PLAIN_STYLE, WORDS, sample_scene
 from mvlm.pocket.sources import IMAGE_TAG, SOURCES, dense_caption, ocr_tokens, records, short_caption
 
 SCENES = [sample_scene(0, number) for number in range(300)]
@@ -78,7 +78,7 @@ def test_shapes_of_tables_8_and_9():
     for record in MADE["textvqa"]:
         turns = said(record)
         found = re.search(r"\nReference OCR token: (.+)\nAnswer", turns[0][0])
-        assert turns[0][1] in found[1].split(", ") and 3 <= len(found[1].split(", ")) <= 4
+        assert turns[0][1] in (*found[1].split(", "), *COLOURS) and 3 <= len(found[1].split(", ")) <= 4
         assert turns[0][0].endswith(f"\n{SHORT}") and all(SHORT not in human for human, _ in turns[1:])
     for record in MADE["vsr"]:
         turns = said(record)
@@ -95,9 +95,19 @@ def test_shapes_of_tables_8_and_9():
         assert all(len(said(record)) == 1 for record in MADE[source])
 
 
-def test_text_only_share():
+def test_dialogues_without_a_picture():
+    """A third of both mixtures tells the scene in words; every answer but yes and no is then found in the words."""
     for source in ("sharegpt4v", "llava665k"):
-        assert sum("image" not in record for record in MADE[source]) == 15  # a tenth of 150
+        without = [record for record in MADE[source] if "image" not in record]
+        assert len(without) == 52  # 32 % and 3 % of 150
+        told = [record for record in without if len(said(record)) > 1]
+        assert len(told) == 48 and not any("<image>" in human for record in told for human, _ in said(record))
+        for record in told:
+            (first, _), *_ = said(record)
+            text, question, instruction = first.split("\n")
+            assert instruction == SHORT and question.endswith("?") and text.endswith(".")
+            answers = {answer for _, answer in said(record)} - {"yes", "no", PLAIN_STYLE}
+            assert all(answer.lower() in text.lower() for answer in answers), record
 
 
 @pytest.mark.parametrize("source", ["vsr", "visual_dialog", "sharegpt4v", "llava665k"])

@@ -33,7 +33,8 @@ class StepData(L.LightningDataModule):
         rank: which one this is; None asks the trainer.
         workers: processes that load beside the training; 0 loads in it.
         seed: of the order.
-        order: `random`, or `grouped` by modality and length (the reference's multi-task stage).
+        order: `random`; `grouped` by modality and length (the reference's multi-task stage); or `text_first`, grouped likewise, the
+            dialogues without a picture before all others.
         start_step: optimizer step to begin with.
         pad_id: id that pads the texts.
         pin_memory: put batches where a GPU can fetch them by itself.
@@ -52,7 +53,7 @@ class StepData(L.LightningDataModule):
         rank: int | None = None,
         workers: int = 0,
         seed: int = 0,
-        order: Literal["random", "grouped"] = "random",
+        order: Literal["random", "grouped", "text_first"] = "random",
         start_step: int = 0,
         pad_id: int = 0,
         pin_memory: bool = False,
@@ -62,13 +63,13 @@ class StepData(L.LightningDataModule):
         self.world_size, self.rank, self.start_step = world_size, rank, start_step
         self._before = start_step  # steps that the trainer does not count
         self.accumulation = split(global_batch, micro_batch, world_size)
-        if order == "grouped":
+        if order in ("grouped", "text_first"):
             parts = self.accumulation * world_size
-            self.order = LengthGroupedSampler(dataset.lengths, micro_batch, parts, seed)
+            self.order = LengthGroupedSampler(dataset.lengths, micro_batch, parts, seed, text_first=order == "text_first")
         elif order == "random":
             self.order = RandomOrder(len(dataset), seed)
         else:
-            raise ValueError(f"the order is random or grouped, not {order!r}")
+            raise ValueError(f"the order is random, grouped or text_first, not {order!r}")
         self._loading = {
             "num_workers": workers,
             "pin_memory": pin_memory,
@@ -109,6 +110,7 @@ class StepData(L.LightningDataModule):
         facts = {"samples": len(self.dataset), "global_batch": self.global_batch, "seed": self.seed}
         facts["order"] = type(self.order).__name__
         if isinstance(self.order, LengthGroupedSampler):
+            facts["text_first"] = self.order.text_first
             facts["micro_batch"] = self.micro_batch  # grouping balances micro-batches, so their size shapes the order
         return facts
 

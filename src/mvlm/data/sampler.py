@@ -53,20 +53,27 @@ class LengthGroupedSampler:
         world_size: micro-batches of an optimizer step, over all devices.
         seed: of the order.
         by_modality: keep samples with and without pictures apart.
+        text_first: all steps without pictures come before those with (a curriculum, not the reference's order).
 
     Raises:
         ValueError: a length is zero, so it has no sign.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, world_size: int = 1, seed: int = 0, by_modality: bool = True
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        world_size: int = 1,
+        seed: int = 0,
+        by_modality: bool = True,
+        text_first: bool = False,
     ) -> None:
         if 0 in lengths:
             raise ValueError(
                 f"sample {list(lengths).index(0)} has length 0: its sign is to say whether it has a picture"
             )
         self.lengths, self.batch_size, self.world_size = list(lengths), batch_size, world_size
-        self.seed, self.by_modality = seed, by_modality
+        self.seed, self.by_modality, self.text_first = seed, by_modality, text_first
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -93,6 +100,8 @@ class LengthGroupedSampler:
             steps += whole
             mixed += last
         shuffled = [steps[k] for k in torch.randperm(len(steps), generator=generator)]
+        if self.text_first:
+            shuffled.sort(key=lambda step: self.lengths[step[0]] > 0)
         # The two ends meet in a step of both kinds: a whole one goes to the very front, what is left to the very end.
         first, last = (mixed[:size], mixed[size:]) if len(mixed) >= size else ([], mixed)
         return first + [k for step in shuffled for k in step] + last

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from .objects import KINDS, Kind
-from .scene import BACKDROPS, CELLS, COLOURS, PAINTING, PLACES, PLAIN_STYLE, POSTER, STYLES, WORDS, Item, Scene
+from .scene import BACKDROPS, CELLS, COLOURS, GROUPS, PAINTING, PLACES, PLAIN_STYLE, POSTER, STYLES, WORDS, Item, Scene
 
 LETTERS = "ABCD"
 
@@ -111,7 +111,7 @@ def background_phrase(scene: Scene) -> str:
     """ "on a blue background", "in a forest" ... for captions."""
     name = scene.background.name
     if not scene.background.is_place:
-        return f"on {'an' if name == 'orange' else 'a'} {name} background"
+        return f"on a {name} background"
     preposition = {"beach": "on", "night sky": "under", "desert": "in", "snow": "in", "sea": "at", "forest": "in"}
     return f"{preposition.get(name, 'on')} {PLACES[name]}"
 
@@ -170,15 +170,15 @@ def _style(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _at(scene: Scene, rng: random.Random) -> list[Question]:
-    """What stands in a cell; cells hold one object at most."""
+    """What stands in a cell, which holds one object at most. Not asked of kinds already spoken of: the answer could be guessed."""
     found = []
     for item in scene.items:
         cell = CELLS[item.cell]
         text = rng.choice((f"Which object is at the {cell}?", f"What object is at the {cell} of the image?"))
         pool = [*(k for k in scene.kinds if k != item.kind), *_other_kinds(scene, rng)]
-        facts = [f"where:{item.kind}", *_mentioned(item.kind)]
+        facts = [f"where:{item.kind}", f"count:{item.kind}"]
         sentence = f"There is {KINDS[item.kind].a} at the {cell} of the image."
-        found.append(_question("object", text, item.kind, pool, sentence, [f"at:{cell}"], facts))
+        found.append(_question("object", text, item.kind, pool, sentence, [f"at:{cell}", f"exists:{item.kind}"], facts))
     return found
 
 
@@ -215,12 +215,13 @@ def _painted(scene: Scene) -> dict[str, str]:
 
 
 def counted(scene: Scene, rng: random.Random) -> str | None:
-    """The kind whose number is asked: the repeated one, else any. One a scene, so that 1 to 4 stay equally frequent."""
+    """The kind whose number is asked: the repeated one, else seldom any, so that 1 to 4 are equally frequent answers."""
     if scene.style == POSTER:  # always one
         return None
-    return next((kind for kind in scene.kinds if scene.count(kind) > 1), None) or rng.choice(
-        [k for k in scene.kinds if KINDS[k].category != "landmark"] or [None]
-    )
+    repeated = next((kind for kind in scene.kinds if scene.count(kind) > 1), None)
+    if repeated or rng.random() > GROUPS[1] / GROUPS[0]:
+        return repeated
+    return rng.choice([k for k in scene.kinds if KINDS[k].category != "landmark"] or [None])
 
 
 def _count(scene: Scene, rng: random.Random) -> list[Question]:
@@ -396,7 +397,7 @@ def _colour_pairs(scene: Scene, rng: random.Random) -> list[Pair]:
         said = f"{those} {is_.lower()} {colour}"
         yes, no = (f"{is_} {those} {c}?" for c in (colour, wrong))
         found.append(_pair("color?", yes, no, [f"colour:{kind}"], facts, said, said))
-        yes, no = (f"Is there {'an' if c == 'orange' else 'a'} {c} {kind} in the image?" for c in (colour, wrong))
+        yes, no = (f"Is there a {c} {kind} in the image?" for c in (colour, wrong))
         found.append(_pair("attribute", yes, no, [f"colour:{kind}"], [f"exists:{kind}"], said, said))
     return found
 

@@ -17,11 +17,9 @@ from .objects import KINDS, Kind
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 42),
-    "orange": (250, 140, 22),
     "yellow": (252, 220, 40),
     "green": (52, 168, 70),
     "blue": (44, 98, 214),
-    "purple": (142, 64, 180),
 }
 """What objects and signs are painted with."""
 
@@ -45,10 +43,7 @@ PATTERNS = ("plain", "gradient", "stripes", "dots", "checks", "noise")
 CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 """Names of the 3 x 3 grid's cells, row by row."""
 
-WORDS = (
-    "go", "zoo", "bar", "stop", "open", "exit", "sale", "taxi", "cafe", "park",
-    "hotel", "music", "water", "school", "market", "closed", "bakery", "library", "welcome", "hospital",
-)  # fmt: skip
+WORDS = ("go", "zoo", "stop", "cafe", "hotel", "school", "library", "hospital")
 """Words printed on signs, in capitals; none is the name of an object or a place."""
 
 SIDES = (224, 448)
@@ -59,6 +54,9 @@ SIZES = {"small": 0.25, "large": 0.40}
 
 LETTER_SHARE = 32 / 336
 """Height of a sign's capitals over the picture's longer side: about 32 px once the picture is 336 px."""
+
+GROUPS = (58, 14, 14, 14)
+"""How often the first kind stands there once, twice, three and four times, in percent."""
 
 POSTER, PAINTING, PLAIN_STYLE = "poster", "painting", "scene"
 STYLES = (PLAIN_STYLE, POSTER, PAINTING)
@@ -176,7 +174,7 @@ def sample_scene(
         style: one of STYLES.
         place: a place (True) or a plain colour (False) behind.
         signs: number of signs, 0 to 2.
-        group: objects of the first kind, 1 to 4; counting is asked about it, so it is uniform when drawn.
+        group: objects of the first kind, 1 to 4.
         others: further objects, each of a kind of its own.
         first: kinds the first kind is drawn from.
         avoid: contents (`Scene.content`) the scene must not have.
@@ -213,11 +211,11 @@ def _sample(
     background = Background(name, rng.choice(PATTERNS), rng.randrange(2**31))
     free = [colour for colour in COLOURS if colour != name]  # paint would vanish on its own colour
 
-    group = rng.randint(1, 4) if group is None else group
+    group = rng.choices((1, 2, 3, 4), GROUPS)[0] if group is None else group
     if signs is None:
-        signs = rng.choices((0, 1, 2), (55, 25, 20))[0]
+        signs = rng.choices((0, 1, 2), (50, 27, 23))[0]
     if others is None:
-        others = rng.randint(0 if rng.random() < 0.3 or group == 4 else 1, 4 - group)
+        others = rng.choices((1, 2, 3), (20, 35, 45))[0] if group == 1 else rng.randint(0, 4 - group)
     most = (4 if style == PAINTING else 5) - signs
     others = min(others, max(0, most - group))  # a group stays whole: its number is asked
 
@@ -366,7 +364,7 @@ def _poster(
 def cell_words(scene: Scene, side: int, size: int) -> list[str]:
     """What each cell of a `side` x `side` grid shows once the scene is letterboxed to `size` x `size` px.
 
-    The phrase of whatever covers most of the cell: "red dog" (or "dog" in its own colours), a sign's word, or the
+    The phrase of whatever covers most of the cell: "red dog" (or "dog" in its own colours), a sign's ("red stop"), or the
     background's name; "" where the padding covers most. Used to start projectors from known words.
 
     Returns:
@@ -374,7 +372,7 @@ def cell_words(scene: Scene, side: int, size: int) -> list[str]:
     """
     scale = size / max(scene.width, scene.height)
     left, top = (size - scene.width * scale) / 2, (size - scene.height * scale) / 2
-    things = [(item.box, item.phrase) for item in scene.items] + [(sign.box, sign.word) for sign in scene.signs]
+    things = [(item.box, item.phrase) for item in scene.items] + [(sign.box, f"{sign.colour} {sign.word}") for sign in scene.signs]
     step = size / side
 
     def cover(box: tuple[float, float, float, float], x: float, y: float) -> float:

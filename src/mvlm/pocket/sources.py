@@ -232,8 +232,8 @@ def textvqa(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random)
 
     def choose(scene: Scene, rng: random.Random) -> list[Slot]:
         asked = open_questions(scene, rng)
-        reading = pick([q for q in asked if q.skill == "word"], 2, rng)
-        rest = [*(q for q in asked if q.skill != "word"), *pairs(scene, rng, skills=["word?"])]
+        reading = pick([q for q in asked if q.skill in ("word", "sign color")], 2, rng)
+        rest = [*(q for q in asked if q.skill not in ("word", "sign color")), *pairs(scene, rng, skills=["word?"])]
         known = frozenset().union(*(q.reveals for q in reading))
         more = pick([q for q in rest if not q.asks & known], max(0, turns // 2 - len(reading)), rng)
         return [*reading, *more] if reading else []
@@ -327,13 +327,15 @@ def sqa(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> 
 
 
 def sharegpt4v(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
-    """V2's mixture: short-answer and lettered questions, dense captions, and a tenth without a picture."""
-    return _mixture("sharegpt4v", scenes, count, turns, rng, {"short": 55, "letters": 15, "dense": 20, "text": 10})
+    """V2's mixture: short-answer and lettered questions, dense captions, and dialogues without a picture."""
+    shares = {"short": 55, "letters": 5, "dense": 5, "described": 32, "small talk": 3}
+    return _mixture("sharegpt4v", scenes, count, turns, rng, shares)
 
 
 def llava665k(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
-    """V1's mixture: short-answer and lettered questions, whole-sentence conversation, and a tenth without a picture."""
-    return _mixture("llava665k", scenes, count, turns, rng, {"short": 60, "letters": 20, "sentences": 10, "text": 10})
+    """V1's mixture: short-answer and lettered questions, whole-sentence conversation, and dialogues without a picture."""
+    shares = {"short": 55, "letters": 5, "sentences": 5, "described": 32, "small talk": 3}
+    return _mixture("llava665k", scenes, count, turns, rng, shares)
 
 
 def _mixture(
@@ -347,18 +349,30 @@ def _mixture(
         "letters": lambda n: iconqa(scenes, n, turns, rng),
         "sentences": lambda n: vigc(scenes, n, turns, rng),
         "dense": lambda n: sharegpt4v_pt(scenes, n, turns, rng),
-        "text": lambda n: text_only(n, rng),
+        "described": lambda n: described(scenes, n, turns, rng),
+        "small talk": lambda n: small_talk(n, rng),
     }
     records = [record for part, n in counts.items() if n for record in makers[part](n)]
     rng.shuffle(records)
     return [{**record, "id": f"{source}-{k:06d}"} for k, record in enumerate(records)]
 
 
+RECOGNITION = (
+    "existence", "attribute", "color", "background", "place", "style", "word", "sign color", "object", "character", "landmark"
+)  # fmt: skip
+"""What is shown and how it looks, as open and as yes/no questions. Where and how many is asked by the other sources."""
+
+
+def _recognition(scene: Scene, turns: int, rng: random.Random) -> list[Slot]:
+    asked = [*open_questions(scene, rng), *pairs(scene, rng)]
+    return pick([q for q in asked if q.skill.removesuffix("?") in RECOGNITION], turns, rng)
+
+
 def short_answers(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
     """Open and yes/no questions about a picture, answered by a word or a phrase."""
 
     def choose(scene: Scene, rng: random.Random) -> list[Slot]:
-        return pick([*open_questions(scene, rng), *pairs(scene, rng)], turns, rng)
+        return _recognition(scene, turns, rng)
 
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
         return _suffixed(settled)
@@ -366,7 +380,27 @@ def short_answers(scenes: Sequence[Scene], count: int, turns: int, rng: random.R
     return _dialogues("short", scenes, count, rng, choose, write, fewest=2)
 
 
-def text_only(count: int, rng: random.Random) -> list[Record]:
+def described(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
+    """The same questions with the scene told in words instead of a picture: looking up an answer is learned far faster in text."""
+
+    def choose(scene: Scene, rng: random.Random) -> list[Slot]:
+        return _recognition(scene, turns, rng)
+
+    def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
+        (first, answer), *more = _suffixed(settled)
+        return [(f"{dense_caption(scene, rng)}\n{first}", answer), *more]
+
+    records = _dialogues("described", scenes, count, rng, choose, write, fewest=2)
+    return [_without_picture(record) for record in records]
+
+
+def _without_picture(record: Record) -> Record:
+    (first, *rest) = record["conversations"]
+    first = {**first, "value": first["value"].removeprefix(f"{IMAGE_TAG}\n")}
+    return {"id": record["id"], "conversations": [first, *rest]}
+
+
+def small_talk(count: int, rng: random.Random) -> list[Record]:
     """Small talk without a picture: categories, sums, opposites."""
     opposites = {"left": "right", "top": "bottom", "above": "below", "large": "small", "yes": "no", "open": "closed"}
     opposites |= {b: a for a, b in opposites.items()}
