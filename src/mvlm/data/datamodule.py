@@ -65,7 +65,9 @@ class StepData(L.LightningDataModule):
         self.accumulation = split(global_batch, micro_batch, world_size)
         if order in ("grouped", "text_first"):
             parts = self.accumulation * world_size
-            self.order = LengthGroupedSampler(dataset.lengths, micro_batch, parts, seed, text_first=order == "text_first")
+            self.order = LengthGroupedSampler(
+                dataset.lengths, micro_batch, parts, seed, text_first=order == "text_first"
+            )
         elif order == "random":
             self.order = RandomOrder(len(dataset), seed)
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import mvlm.model.attention  # noqa: F401 - registers "grouped" with transformers
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
 from mvlm.model.vision import Vision
 

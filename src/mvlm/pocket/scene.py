@@ -372,7 +372,9 @@ def cell_words(scene: Scene, side: int, size: int) -> list[str]:
     """
     scale = size / max(scene.width, scene.height)
     left, top = (size - scene.width * scale) / 2, (size - scene.height * scale) / 2
-    things = [(item.box, item.phrase) for item in scene.items] + [(sign.box, f"{sign.colour} {sign.word}") for sign in scene.signs]
+    things = [(item.box, item.phrase) for item in scene.items] + [
+        (sign.box, f"{sign.colour} {sign.word}") for sign in scene.signs
+    ]
     step = size / side
 
     def cover(box: tuple[float, float, float, float], x: float, y: float) -> float:
