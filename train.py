@@ -16,6 +16,7 @@ from mvlm.cli import script
 
 def main(cfg) -> None:
     import lightning as L
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from mvlm import build, fit, score
     from mvlm.run import Run
@@ -31,7 +32,7 @@ def main(cfg) -> None:
         for stage in build.STAGES:
             if data[stage] is not None and not run.finished(stage):
                 fit.stage(cfg, run, stage, model, data, files, words, wandb)
-        if cfg.evaluate:
+        if cfg.evaluate and rank_zero_only.rank == 0:  # of several processes one answers the questions
             results = score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls)
             score.log(results, wandb)
 

@@ -204,3 +204,16 @@ def test_one_step_learns_nothing_and_is_refused(shell) -> None:
         "train.py", "model=nano", "data=custom", "data.finetune=[one.json]", "data.images=.", "logger=csv", ok=False
     )
     assert "finetune has 1 step" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(shell) -> None:
+    """The same global batch dealt to two processes: the same losses step by step, up to float32 sums in another order."""
+    cells = {"one": ["trainer=cpu"], "two": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]}
+    histories = {}
+    for cell, words in cells.items():
+        shell("train.py", "model=nano", f"cell={cell}", "evaluate=false", "trainer.precision=32-true", *words)
+        told = [json.loads((shell.folder / "runs" / cell / s / "stage.json").read_text()) for s in build.STAGES]
+        assert {stage["devices"] for stage in told} == {1 if cell == "one" else 2}
+        histories[cell] = [entry["loss"] for stage in told for entry in stage["history"]]
+    assert histories["two"] == pytest.approx(histories["one"], rel=1e-4)

@@ -138,7 +138,8 @@ def stage(
             if cfg.recipe.start == "words" and not before
             else []
         )
-        cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
+        missing = {s: m for s, m in data.items() if m and not run.finished(s) and any(d.features is None for d in m.datasets)}
+        cache_features(cfg, model, missing, autocast, more)  # those of an earlier stage of this process are still there
     facts: dict = {}
     if cfg.recipe.start not in ("random", "words"):
         raise ValueError(f"recipe.start is random or words, not {cfg.recipe.start!r}")
@@ -192,6 +193,7 @@ def stage(
                 "history": module.history,
             },
         )
+    trainer.strategy.barrier()  # no process goes on to the next stage before this one is saved
 
 
 def cache_features(
