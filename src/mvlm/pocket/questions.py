@@ -294,9 +294,9 @@ def _which(scene: Scene, rng: random.Random) -> list[Question]:
     return found
 
 
-def present(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
-    """Which of the options is shown (this kind, or any of the scene's): needs options."""
-    kind = kind or rng.choice(scene.kinds)
+def present(scene: Scene, rng: random.Random) -> Question:
+    """Which of the options is shown: needs options."""
+    kind = rng.choice(scene.kinds)
     return _question(
         "presence",
         "Which of these is in the image?",

@@ -328,13 +328,13 @@ def sqa(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> 
 
 def sharegpt4v(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
     """V2's mixture: short-answer and lettered questions, dense captions, and dialogues without a picture."""
-    shares = {"short": 44, "letters": 9, "dense": 2, "described": 20, "described choices": 24, "small talk": 1}
+    shares = {"short": 55, "letters": 5, "dense": 5, "described": 32, "small talk": 3}
     return _mixture("sharegpt4v", scenes, count, turns, rng, shares)
 
 
 def llava665k(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
     """V1's mixture: short-answer and lettered questions, whole-sentence conversation, and dialogues without a picture."""
-    shares = {"short": 44, "letters": 9, "sentences": 2, "described": 20, "described choices": 24, "small talk": 1}
+    shares = {"short": 55, "letters": 5, "sentences": 5, "described": 32, "small talk": 3}
     return _mixture("llava665k", scenes, count, turns, rng, shares)
 
 
@@ -350,7 +350,6 @@ def _mixture(
         "sentences": lambda n: vigc(scenes, n, turns, rng),
         "dense": lambda n: sharegpt4v_pt(scenes, n, turns, rng),
         "described": lambda n: described(scenes, n, turns, rng),
-        "described choices": lambda n: described_choices(scenes, n, rng),
         "small talk": lambda n: small_talk(n, rng),
     }
     records = [record for part, n in counts.items() if n for record in makers[part](n)]
@@ -392,23 +391,6 @@ def described(scenes: Sequence[Scene], count: int, turns: int, rng: random.Rando
         return [(f"{dense_caption(scene, rng)}\n{first}", answer), *more]
 
     records = _dialogues("described", scenes, count, rng, choose, write, fewest=2)
-    return [_without_picture(record) for record in records]
-
-
-def described_choices(scenes: Sequence[Scene], count: int, rng: random.Random) -> list[Record]:
-    """Two lettered options, one of them told before: the least from which saying an option's letter is learned."""
-
-    def choose(scene: Scene, rng: random.Random) -> list[Slot]:
-        asked = [present(scene, rng, kind) for kind in scene.kinds]
-        asked += [q for q in open_questions(scene, rng) if q.skill in ("background", "place")]
-        return [with_options(q, rng, 2) for q in rng.sample(asked, len(asked))]
-
-    def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
-        (first, answer), *more = _suffixed(settled, LETTER)
-        told = short_caption(scene, colours=True)
-        return [(f"The image shows {told}.\n{first}", answer), *more]
-
-    records = _dialogues("described_choices", scenes, count, rng, choose, write, fewest=2)
     return [_without_picture(record) for record in records]
 
 

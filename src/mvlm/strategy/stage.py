@@ -52,7 +52,7 @@ class Stage(L.LightningModule):
         weight_decay: float = 0.0,
         name: str = "train",
         held_out: Batch | None = None,
-        look_every: int = 40,
+        look_every: int = 30,
     ) -> None:
         super().__init__()
         self.model = model
