@@ -138,7 +138,9 @@ def stage(
             if cfg.recipe.start == "words" and not before
             else []
         )
-        missing = {s: m for s, m in data.items() if m and not run.finished(s) and any(d.features is None for d in m.datasets)}
+        missing = {
+            s: m for s, m in data.items() if m and not run.finished(s) and any(d.features is None for d in m.datasets)
+        }
         cache_features(cfg, model, missing, autocast, more)  # those of an earlier stage of this process are still there
     facts: dict = {}
     if cfg.recipe.start not in ("random", "words"):

@@ -78,7 +78,7 @@ def test_losses_are_pinned(parts) -> None:
     assert [round(e["loss"], 3) for e in stage.history] == pytest.approx(PINNED, abs=2e-3)
 
 
-PINNED = [5.510, 5.310, 5.213]
+PINNED = [5.531, 5.347, 5.229]
 
 
 @pytest.mark.parametrize("strategy", ["freeze_llm", "unfreeze_llm", "sharegpt4v"])

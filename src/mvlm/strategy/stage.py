@@ -52,7 +52,7 @@ class Stage(L.LightningModule):
         weight_decay: float = 0.0,
         name: str = "train",
         held_out: Batch | None = None,
-        look_every: int = 30,
+        look_every: int = 40,
     ) -> None:
         super().__init__()
         self.model = model
@@ -104,6 +104,10 @@ class Stage(L.LightningModule):
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
         step, mean, self._sum = self.global_step, self._sum, 0.0
+        if self.trainer.world_size > 1:  # each device has summed its own micro-batches' share
+            everyone = torch.tensor(mean, device=self.device)
+            dist.all_reduce(everyone)
+            mean = float(everyone)
         entry = {"step": step, "loss": mean}
         self.log(f"{self.name}/loss", mean, prog_bar=True, rank_zero_only=True)
         if self.held_out is not None and (step % self.look_every == 0 or step == self.steps):
