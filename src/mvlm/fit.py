@@ -52,10 +52,12 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run) -> None:
     """Everything that could be wrong with a run, before any work: rates, batches, labels; then say what will be trained.
 
     Raises:
-        ValueError: no data, a strategy that does not cover the model, a batch that can't be split, too many dialogues without labels.
+        ValueError: no data, an unknown start, a strategy that misses a part, a batch that cannot be split, too many dialogues without labels.
     """
     if not any(data.values()):
         raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
+    if cfg.recipe.start not in ("random", "words"):
+        raise ValueError(f"recipe.start is random or words, not {cfg.recipe.start!r}")
     table = Table("stage", "source", "samples", "rates", "steps", title=f"{run.folder}", title_justify="left")
     hashes = {}
     for stage, mixture in data.items():
@@ -123,29 +125,14 @@ def stage(
     else:
         build.pretrained(model, cfg)
 
-    sharded = any(
-        word in str(cfg.trainer.strategy) for word in ("stage_3", "fsdp")
-    )  # every device must run the tower then
-    if (
-        cfg.recipe.cache_features
-        and not sharded
-        and all(
-            rate is None for s in cfg.strategy.values() for part, rate in s.rates.items() if part.startswith("vision")
-        )
-    ):
-        more = (
-            sorted(map(str, (files.root / "pictures").glob("*.jpg")))
-            if cfg.recipe.start == "words" and not before
-            else []
-        )
-        missing = {
-            s: m for s, m in data.items() if m and not run.finished(s) and any(d.features is None for d in m.datasets)
-        }
-        cache_features(cfg, model, missing, autocast, more)  # those of an earlier stage of this process are still there
+    from_words = cfg.recipe.start == "words" and not before
+    sharded = any(word in str(cfg.trainer.strategy) for word in ("stage_3", "fsdp"))  # every device must run the tower
+    vision_rates = [r for s in cfg.strategy.values() for part, r in s.rates.items() if part.startswith("vision")]
+    if cfg.recipe.cache_features and not sharded and all(rate is None for rate in vision_rates):
+        more = sorted(map(str, (files.root / "pictures").glob("*.jpg"))) if from_words else []
+        cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
     facts: dict = {}
-    if cfg.recipe.start not in ("random", "words"):
-        raise ValueError(f"recipe.start is random or words, not {cfg.recipe.start!r}")
-    if cfg.recipe.start == "words" and not before:
+    if from_words:
         facts["start"] = start_from_words(model, data[name], files, words, autocast)
 
     adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
@@ -203,8 +190,9 @@ def cache_features(
 ) -> None:
     """Give every dataset the frozen tower's output of its pictures, each encoded once for all stages that show it alike.
 
-    `more` are further pictures to encode, which the start needs.
+    `more` are further pictures to encode, which the start needs. Stages that an earlier one in this process encoded are left alone.
     """
+    data = {stage: mixture for stage, mixture in data.items() if any(d.features is None for d in mixture.datasets)}
     kept: dict[str, dict[str, Tensor]] = {}
     looks = {stage: cfg.recipe[stage].pictures for stage in data}
     for look in dict.fromkeys(looks.values()):

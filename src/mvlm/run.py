@@ -2,9 +2,8 @@
 
 config.yaml      the resolved configuration
 run.json         versions, hardware, commit, seed, hashes of the data, the W&B run id
-pretrain/        the model after the stage, in the released layout, and stage.json: losses, what moved, counts
+pretrain/        the model after the stage, in the released layout; stage.json: losses, what moved, counts; metrics.csv by step
 finetune/        likewise
-metrics/         metrics.csv: every logged figure by step
 wandb/           the offline W&B run; `wandb sync` sends it
 answers/         one JSON line a question, benchmark by benchmark
 results.json     the scores

@@ -29,7 +29,7 @@ class Kind:
 
     @property
     def the(self) -> str:
-        return self.a if self.a in ("tokyo tower", "mount fuji") else f"the {self.name}"
+        return f"the {self.name}"
 
     @property
     def paintable(self) -> bool:
@@ -38,8 +38,12 @@ class Kind:
 
 
 def _kind(category: str, name: str, codepoint: str, aspect: float, plural: str = "", a: str = "") -> Kind:
-    article = "an" if name[0] in "aeiou" else "a"
-    return Kind(name, codepoint, category, aspect, plural or f"{name}s", a or f"{article} {name}")
+    return Kind(name, codepoint, category, aspect, plural or f"{name}s", a or with_article(name))
+
+
+def with_article(words: str) -> str:
+    """ "a red dog", "an elephant"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 _TABLE = (

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from .objects import KINDS, Kind
+from .objects import KINDS, Kind, with_article
 from .scene import BACKDROPS, CELLS, COLOURS, GROUPS, PAINTING, PLACES, PLAIN_STYLE, POSTER, STYLES, WORDS, Item, Scene
 
 LETTERS = "ABCD"
@@ -111,7 +111,7 @@ def background_phrase(scene: Scene) -> str:
     """ "on a blue background", "in a forest" ... for captions."""
     name = scene.background.name
     if not scene.background.is_place:
-        return f"on a {name} background"
+        return f"on {with_article(name)} background"
     preposition = {"beach": "on", "night sky": "under", "desert": "in", "snow": "in", "sea": "at", "forest": "in"}
     return f"{preposition.get(name, 'on')} {PLACES[name]}"
 
@@ -397,7 +397,7 @@ def _colour_pairs(scene: Scene, rng: random.Random) -> list[Pair]:
         said = f"{those} {is_.lower()} {colour}"
         yes, no = (f"{is_} {those} {c}?" for c in (colour, wrong))
         found.append(_pair("color?", yes, no, [f"colour:{kind}"], facts, said, said))
-        yes, no = (f"Is there a {c} {kind} in the image?" for c in (colour, wrong))
+        yes, no = (f"Is there {with_article(c)} {kind} in the image?" for c in (colour, wrong))
         found.append(_pair("attribute", yes, no, [f"colour:{kind}"], [f"exists:{kind}"], said, said))
     return found
 

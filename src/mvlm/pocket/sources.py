@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from .objects import KINDS, OPEN_CATEGORIES, of_category
+from .objects import KINDS, OPEN_CATEGORIES, of_category, with_article
 from .questions import (
     LETTER,
     LETTERS,
@@ -60,7 +60,7 @@ def _amount(items: Sequence[Item], *, size: bool = False, colour: bool = True) -
         return " ".join(word for word in (NUMBERS[len(items)], looks, kind.plural) if word)
     if not looks or kind.a.split()[0] not in ("a", "an"):
         return kind.a
-    return f"{'an' if looks[0] in 'aeiou' else 'a'} {looks} {kind.name}"
+    return with_article(f"{looks} {kind.name}")
 
 
 def _groups(scene: Scene) -> list[list[Item]]:
@@ -82,9 +82,7 @@ def short_caption(scene: Scene, *, colours: bool) -> str:
     if scene.style == PAINTING:
         said = f"a painting of {said}"
     if scene.signs and colours:
-        boards = [
-            f'{"an" if s.colour[0] in "aeiou" else "a"} {s.colour} sign that says "{s.word}"' for s in scene.signs
-        ]
+        boards = [f'{with_article(s.colour)} sign that says "{s.word}"' for s in scene.signs]
         said += f", and {_listed(boards)}"
     return said
 
@@ -107,8 +105,7 @@ def dense_caption(scene: Scene, rng: random.Random) -> str:
             ]
         )
     for sign in scene.signs:
-        board = f"{'an' if sign.colour[0] in 'aeiou' else 'a'} {sign.colour} sign"
-        sentences.append(f'{_capital(board)} says "{sign.word}".')
+        sentences.append(f'{_capital(with_article(sign.colour))} sign says "{sign.word}".')
     return " ".join(sentences)
 
 
@@ -138,9 +135,19 @@ Writer = Callable[[Scene, list[Turn], random.Random], list[tuple[str, str]]]
 
 
 def _dialogues(
-    source: str, scenes: Sequence[Scene], count: int, rng: random.Random, choose: Chooser, write: Writer, fewest: int
+    source: str,
+    scenes: Sequence[Scene],
+    count: int,
+    rng: random.Random,
+    choose: Chooser,
+    write: Writer,
+    fewest: int,
+    picture: bool = True,
 ) -> list[Record]:
-    """`count` records of at least `fewest` turns each, the scenes in turn; answers are dealt over the whole source."""
+    """`count` records of at least `fewest` turns each, the scenes in turn; answers are dealt over the whole source.
+
+    Without `picture` the records are text alone: the writer tells what the scene shows.
+    """
     chosen: list[tuple[Scene, list[Slot]]] = []
     passed = 0
     for scene in _in_turn(scenes, rng):
@@ -157,7 +164,7 @@ def _dialogues(
             chosen.append((scene, slots))
     settled = settle([slots for _, slots in chosen], rng)
     return [
-        _record(source, k, scene, write(scene, turns, rng))
+        _record(source, k, scene if picture else None, write(scene, turns, rng))
         for k, ((scene, _), turns) in enumerate(zip(chosen, settled, strict=True))
     ]
 
@@ -319,7 +326,7 @@ def sqa(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> 
         table_9, test_file = (
             "{}\nContext: N/A\n",
             "Context: N/A\nQuestion: {}\n",
-        )  # the paper's example, and the benchmark's
+        )  # the paper's example, the benchmark's
         human = f"{rng.choice((table_9, test_file)).format(turn.question.text)}Options: {options}\n"
         return [(human, f"{LECTURES[turn.question.skill]} {turn.question.sentence} The answer is {turn.answer}.")]
 
@@ -371,33 +378,22 @@ def _recognition(scene: Scene, turns: int, rng: random.Random) -> list[Slot]:
 def short_answers(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
     """Open and yes/no questions about a picture, answered by a word or a phrase."""
 
-    def choose(scene: Scene, rng: random.Random) -> list[Slot]:
-        return _recognition(scene, turns, rng)
-
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
         return _suffixed(settled)
 
-    return _dialogues("short", scenes, count, rng, choose, write, fewest=2)
+    return _dialogues("short", scenes, count, rng, lambda s, r: _recognition(s, turns, r), write, fewest=2)
 
 
 def described(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
     """The same questions with the scene told in words instead of a picture: looking up an answer is learned far faster in text."""
 
-    def choose(scene: Scene, rng: random.Random) -> list[Slot]:
-        return _recognition(scene, turns, rng)
-
     def write(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
         (first, answer), *more = _suffixed(settled)
         return [(f"{dense_caption(scene, rng)}\n{first}", answer), *more]
 
-    records = _dialogues("described", scenes, count, rng, choose, write, fewest=2)
-    return [_without_picture(record) for record in records]
-
-
-def _without_picture(record: Record) -> Record:
-    (first, *rest) = record["conversations"]
-    first = {**first, "value": first["value"].removeprefix(f"{IMAGE_TAG}\n")}
-    return {"id": record["id"], "conversations": [first, *rest]}
+    return _dialogues(
+        "described", scenes, count, rng, lambda s, r: _recognition(s, turns, r), write, fewest=2, picture=False
+    )
 
 
 def small_talk(count: int, rng: random.Random) -> list[Record]:

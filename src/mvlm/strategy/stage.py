@@ -91,10 +91,7 @@ class Stage(L.LightningModule):
         """
         loss = self.model(batch)
         tokens, share = batch.step_tokens or loss.tokens, self.trainer.accumulate_grad_batches
-        if self.trainer.world_size > 1:
-            everyone = torch.tensor(tokens, device=self.device)
-            dist.all_reduce(everyone)
-            tokens, share = int(everyone), share * self.trainer.world_size
+        tokens, share = self._over_devices(tokens), share * self.trainer.world_size
         if tokens == 0:
             raise ValueError(f"no token of this step is labelled, there is nothing to learn: samples {batch.ids}")
         self._sum += float(loss.total.detach()) / tokens
@@ -103,11 +100,7 @@ class Stage(L.LightningModule):
     def on_train_batch_end(self, outputs, batch: Batch, index: int) -> None:
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
-        step, mean, self._sum = self.global_step, self._sum, 0.0
-        if self.trainer.world_size > 1:  # each device has summed its own micro-batches' share
-            everyone = torch.tensor(mean, device=self.device)
-            dist.all_reduce(everyone)
-            mean = float(everyone)
+        step, mean, self._sum = self.global_step, self._over_devices(self._sum), 0.0
         entry = {"step": step, "loss": mean}
         self.log(f"{self.name}/loss", mean, prog_bar=True, rank_zero_only=True)
         if self.held_out is not None and (step % self.look_every == 0 or step == self.steps):
@@ -115,6 +108,14 @@ class Stage(L.LightningModule):
             self.log_dict({f"{self.name}/{k}": v for k, v in entry.items() if "sight" in k}, rank_zero_only=True)
             self.log("sight", entry["sight_gap"], prog_bar=True, logger=False, rank_zero_only=True)
         self.history.append(entry)
+
+    def _over_devices(self, number: float) -> float:
+        """A number summed over all devices."""
+        if self.trainer.world_size == 1:
+            return number
+        everyone = torch.tensor(number, device=self.device)
+        dist.all_reduce(everyone)
+        return everyone.item()
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
