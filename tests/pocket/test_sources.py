@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from mvlm.benchmark import mmbench, sqa
 from mvlm.pocket.objects import KINDS
 from mvlm.pocket.questions import LETTER, SHORT
 from mvlm.pocket.scene import BACKDROPS, CELLS, COLOURS, PLAIN_STYLE, WORDS, sample_scene
@@ -22,6 +23,13 @@ SEVERAL = ("vsr", "iconqa", "vigc", "visual_dialog")
 def said(record):
     values = [turn["value"] for turn in record["conversations"]]
     return list(zip(values[::2], values[1::2], strict=True))
+
+
+def offered(human):
+    """The lettered options of a question, whatever its dress."""
+    if "Options: " in human:
+        return dict(re.findall(r"\(([A-D])\) ([^(\n]+?) ?(?=\(|\n|$)", human.split("Options: ")[1]))
+    return dict(re.findall(r"\n([A-D])\. (.+)", human))
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -74,7 +82,11 @@ def test_shapes_of_tables_8_and_9():
     for record in MADE["iconqa"]:
         turns = said(record)
         assert (turns[0][0].endswith(f"\n{LETTER}") and LETTER not in turns[-1][0]) or len(turns) == 1
-        assert all("\nA. " in human and re.search(rf"\n{gpt}\. ", human) for human, gpt in turns)
+        for human, gpt in turns:
+            option, letter = re.fullmatch(r"(.+)\. The answer is ([A-D])\.", gpt).groups()
+            assert offered(human)[letter] == option
+    in_a_line = sum("Options: (A) " in said(record)[0][0] for record in MADE["iconqa"])
+    assert 50 < in_a_line < 100  # half of 150 in ScienceQA's dress
     for record in MADE["textvqa"]:
         turns = said(record)
         found = re.search(r"\nReference OCR token: (.+)\nAnswer", turns[0][0])
@@ -85,7 +97,7 @@ def test_shapes_of_tables_8_and_9():
         assert turns[0][0].endswith(f"\n{SHORT}") and all(gpt in ("yes", "no") for _, gpt in turns)
     for record in MADE["sqa"]:
         ((human, gpt),) = said(record)
-        options = dict(re.findall(r"\(([A-D])\) ([^(\n]+?) ?(?=\(|\n|$)", human.split("Options: ")[1]))
+        options = offered(human)
         assert "Context: N/A\n" in human  # before the question or after it
         letter = re.search(r"The answer is ([A-D])\.$", gpt)[1]
         assert options[letter] in gpt
@@ -96,18 +108,25 @@ def test_shapes_of_tables_8_and_9():
 
 
 def test_dialogues_without_a_picture():
-    """A third of both mixtures tells the scene in words; every answer but yes and no is then found in the words."""
+    """A third of both mixtures tells the scene in words; every short answer but yes and no is then found in the words."""
     for source in ("sharegpt4v", "llava665k"):
         without = [record for record in MADE[source] if "image" not in record]
-        assert len(without) == 52  # 32 % and 3 % of 150
         told = [record for record in without if len(said(record)) > 1]
-        assert len(told) == 48 and not any("<image>" in human for record in told for human, _ in said(record))
+        assert (len(without), len(told)) == (50, 49)  # 25, 8 and 1 % of 150, each rounded down
+        assert not any("<image>" in human for record in told for human, _ in said(record))
         for record in told:
             (first, _), *_ = said(record)
-            text, question, instruction = first.split("\n")
-            assert instruction == SHORT and question.endswith("?") and text.endswith(".")
+            text, *_, instruction = first.split("\n")
+            assert text.endswith(".") and instruction == (LETTER if offered(first) else SHORT)
             answers = {answer for _, answer in said(record)} - {"yes", "no", PLAIN_STYLE}
-            assert all(answer.lower() in text.lower() for answer in answers), record
+            assert offered(first) or all(answer.lower() in text.lower() for answer in answers), record
+
+
+def test_what_the_official_scorers_read_of_a_lettered_answer():
+    """The option before its letter: ScienceQA's and MMBench's parsers find the letter in every such answer."""
+    for record in MADE["iconqa"]:
+        for human, gpt in said(record):
+            assert sqa.parsed(gpt) == mmbench.extracted(gpt, offered(human)) == gpt[-2]
 
 
 @pytest.mark.parametrize("source", ["vsr", "visual_dialog", "sharegpt4v", "llava665k"])
@@ -122,7 +141,7 @@ def test_letters_are_even():
     letters = defaultdict(Counter)
     for record in MADE["iconqa"]:
         for human, gpt in said(record):
-            letters[len(re.findall(r"\n[A-D]\. ", human))][gpt] += 1
+            letters[len(offered(human))][gpt[-2]] += 1
     for options, counts in letters.items():
         assert len(counts) == options and max(counts.values()) - min(counts.values()) <= 1
 
@@ -135,7 +154,7 @@ def test_blind_guessing_gains_little():
     seen = defaultdict(Counter)
     for record in records("sharegpt4v", SCENES, 1500):
         for human, gpt in said(record):
-            if "image" in record and "\nA. " not in human and len(said(record)) > 1:
+            if "image" in record and not offered(human) and len(said(record)) > 1:
                 question = human.removeprefix(f"{IMAGE_TAG}\n").split("\n")[0]
                 seen[blot.sub("_", question)][gpt] += 1
     frequent = {q: c for q, c in seen.items() if sum(c.values()) >= 40}  # a rare template's best answer is luck

@@ -24,7 +24,7 @@ from .objects import KINDS
 from .scene import PAINTING, PLAIN_STYLE, POSTER, Scene, sample_scene
 from .sources import SOURCES, records, short_caption
 
-GENERATOR = 2
+GENERATOR = 3
 """Raised whenever the same arguments would give other content."""
 
 LICENCE = "Pictures use OpenMoji, CC BY-SA 4.0"
