@@ -365,11 +365,11 @@ def _mixture(
     counts["short"] += count - sum(counts.values())
     makers = {
         "short": lambda n: short_answers(scenes, n, turns, rng),
-        "letters": lambda n: iconqa(scenes, n, turns, rng),
+        "letters": lambda n: iconqa(scenes, n, max(2, turns // 2), rng),
         "sentences": lambda n: vigc(scenes, n, turns, rng),
         "dense": lambda n: sharegpt4v_pt(scenes, n, turns, rng),
         "described": lambda n: described(scenes, n, turns, rng),
-        "described letters": lambda n: described_letters(scenes, n, turns, rng),
+        "described letters": lambda n: described_letters(scenes, n, max(2, turns // 2), rng),
         "small talk": lambda n: small_talk(n, rng),
     }
     records = [record for part, n in counts.items() if n for record in makers[part](n)]

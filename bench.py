@@ -1,0 +1,37 @@
+"""Measure speed: ours beside a peer, alternating in one process.
+
+    python bench.py target=evaluate run=runs/pocket-ldpv2-v2-unfreeze_llm-s0      the benchmark loop beside generate()
+    python bench.py target=evaluate precision=float32 questions=24                    the pretrained parts, answers equal to the letter
+
+What was measured is printed and kept as a file in `out`, with commit, versions and hardware.
+"""
+
+from __future__ import annotations
+
+from mvlm.cli import script
+
+
+def main(cfg) -> None:
+    import json
+    from importlib import import_module
+    from pathlib import Path
+    from pkgutil import iter_modules
+
+    from mvlm import bench
+    from mvlm.run import manifest, write_json
+
+    targets = sorted(module.name for module in iter_modules(bench.__path__))
+    if cfg.target not in targets:
+        raise ValueError(f"target={cfg.target}: there is no such target (there are: {', '.join(targets)})")
+    measured = import_module(f"mvlm.bench.{cfg.target}").run(cfg)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    about = manifest()
+    path = out / f"{cfg.target}-{about['commit'][:7] or 'nocommit'}{'-changed' if '+' in about['commit'] else ''}.json"
+    earlier = json.loads(path.read_text())["measured"] if path.exists() else []
+    write_json(path, about | {"measured": [*earlier, measured]})
+    print(f"kept in {path}")
+
+
+if __name__ == "__main__":
+    script(main, "bench")
