@@ -3,6 +3,7 @@
     python evaluate.py run=runs/pocket-ldpv2-v2-unfreeze_llm-s0
     python evaluate.py run=<folder> benchmark=[gqa,pope] controls=[]
     python evaluate.py run=<folder> benchmark_root=/data/benchmarks      the real files, laid out as each benchmark's page says
+    python evaluate.py run=<folder> protocol=harness                     by lmms-eval's rules, into files of its own
 
 Answers already stored are kept, so an interrupted evaluation goes on and scoring again needs no time.
 """
@@ -13,27 +14,15 @@ from mvlm.cli import script
 
 
 def main(cfg) -> None:
-    from pathlib import Path
-
     from mvlm import build, score
     from mvlm.run import Run
 
     run = Run.find(cfg.run)
-    if cfg.protocol != "paper":
-        raise ValueError(
-            f"protocol={cfg.protocol}: there is only protocol=paper, the reference's own prompts and scorers"
-        )
-    score.run(
-        run,
-        build.trained(run),
-        build.corpus(run.config),
-        build.tokenizer(run.config),
-        cfg.benchmark,
-        cfg.controls,
-        folder=Path(cfg.benchmark_root) if cfg.benchmark_root else None,
-        batch_size=cfg.batch_size,
-        max_new_tokens=cfg.max_new_tokens,
-    )
+    files = build.corpus(run.config)
+    asked = {"folder": cfg.benchmark_root, "protocol": cfg.protocol, "any_version": cfg.any_version}
+    score.opened(run.config, cfg.benchmark, files, **asked)  # what is wrong there is told before the model is loaded
+    words, limits = build.tokenizer(run.config), {"batch_size": cfg.batch_size, "max_new_tokens": cfg.max_new_tokens}
+    score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls, **asked, **limits)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,16 @@ def main(cfg) -> None:
     model = build.model(cfg)
     data = {stage: build.mixture(cfg, stage, files, words, model.image_tokens) for stage in build.STAGES}
     fit.check(cfg, data, run)
+    scored = {"folder": cfg.benchmark_root, "protocol": cfg.protocol, "any_version": cfg.any_version}
+    if cfg.evaluate:  # a missing or wrong benchmark file is told now, not after the training
+        score.opened(cfg, cfg.benchmark, files, **scored)
 
     with fit.tracking(cfg, run) as wandb:
         for stage in build.STAGES:
             if data[stage] is not None and not run.finished(stage):
                 fit.stage(cfg, run, stage, model, data, files, words, wandb)
         if cfg.evaluate and rank_zero_only.rank == 0:  # of several processes one answers the questions
-            results = score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls)
+            results = score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls, **scored)
             score.log(results, wandb)
 
 

@@ -72,13 +72,29 @@ def test_loggers_build(configure, logger: str, tmp_path: Path) -> None:
     assert callable(made) and made.func.__name__ in ("WandbLogger", "CSVLogger")
 
 
+@pytest.mark.parametrize("protocol", ["paper", "harness"])
 @pytest.mark.parametrize("benchmark", GROUPS["benchmark"])
-def test_benchmarks_read_the_generated_files(configure, benchmark: str) -> None:
-    from mvlm.score import benchmarks
+def test_benchmarks_read_the_generated_files(configure, benchmark: str, protocol: str) -> None:
+    from mvlm.score import opened
 
-    cfg = configure("model=nano", f"benchmark=[{benchmark}]")
-    (made,) = benchmarks(cfg.benchmark, build.corpus(cfg).benchmarks)
-    assert made.name == benchmark and made.questions()
+    cfg = configure("model=nano", f"benchmark=[{benchmark}]", f"protocol={protocol}")
+    files = build.corpus(cfg)
+    (made,) = opened(cfg, cfg.benchmark, files, protocol=cfg.protocol)
+    assert (made.name, made.protocol) == (benchmark, protocol)
+    assert made.version(made.questions()) is None, "what is generated is no published version"
+    # The same files, named as the real ones would be, are refused unless any version will do.
+    asked = {"folder": files.benchmarks, "protocol": protocol}
+    with pytest.raises(ValueError, match=r"another version of .*any_version=true"):
+        opened(cfg, cfg.benchmark, files, **asked)
+    assert opened(cfg, cfg.benchmark, files, **asked, any_version=True)
+
+
+def test_an_unknown_protocol_is_refused_by_name(configure) -> None:
+    from mvlm.score import opened
+
+    cfg = configure("model=nano", "protocol=harnes")
+    with pytest.raises(ValueError, match=r"^protocol=harnes: \w+ knows paper, harness$"):
+        opened(cfg, cfg.benchmark, build.corpus(cfg), protocol=cfg.protocol)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,23 @@ def test_evaluate_scores_again_without_answering(shell, trained: Run) -> None:
     assert "POPE" in done.stdout
 
 
+def test_the_harness_protocol_stands_beside_the_papers(shell, trained: Run) -> None:
+    paper = {
+        name: (trained.folder / name).read_bytes() for name in ("results.json", "index.html", "answers/pope.jsonl")
+    }
+    done = shell("evaluate.py", f"run={trained.folder}", "benchmark=[pope]", "controls=[]", "protocol=harness")
+    assert "protocol harness" in " ".join(done.stdout.split())
+    results = json.loads((trained.folder / "results-harness.json").read_text())
+    assert results["protocol"] == results["benchmarks"]["pope"]["none"]["protocol"] == "harness"
+    assert results["generated"] and results["benchmarks"]["pope"]["none"]["official"] is None
+    assert (trained.folder / "answers" / "harness" / "pope.jsonl").exists() and "protocol harness" in (
+        trained.folder / "index-harness.html"
+    ).read_text()
+    assert {name: (trained.folder / name).read_bytes() for name in paper} == paper
+    told = shell("evaluate.py", f"run={trained.folder}", "protocol=harnes", ok=False).stderr
+    assert "protocol=harnes: gqa knows paper, harness" in told and "Traceback" not in told
+
+
 def test_chat_answers_about_a_picture(shell, trained: Run) -> None:
     picture = next((trained.folder.parents[1]).glob("**/*.jpg"), None) or ROOT / "tests/reference/images/img0.png"
     done = shell("chat.py", f"run={trained.folder}", f"image={picture}", "prompt=What is this?", "max_new_tokens=5")

@@ -5,9 +5,9 @@ run.json         versions, hardware, commit, seed, hashes of the data, the W&B r
 pretrain/        the model after the stage, in the released layout; stage.json: losses, what moved, counts; metrics.csv by step
 finetune/        likewise
 wandb/           the offline W&B run; `wandb sync` sends it
-answers/         one JSON line a question, benchmark by benchmark
-results.json     the scores
-index.html       questions, pictures and answers to look at
+answers/         one JSON line a question, benchmark by benchmark; answers/harness/ by that protocol
+results.json     the scores; results-harness.json by that protocol
+index.html       questions, pictures and answers to look at; index-harness.html by that protocol
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ MACHINE_KEYS = (
     "controls",
     "benchmark",
     "benchmark_root",
+    "protocol",
+    "any_version",
     "hydra",
 )
 """Keys that say where and how fast, not what: a run folder may be continued with others."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -15,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mvlm import build
-from mvlm.benchmark.base import Benchmark
-from mvlm.benchmark.evaluate import evaluate
+from mvlm.benchmark.base import Benchmark, Protocol
+from mvlm.benchmark.evaluate import answers_file, evaluate
 from mvlm.data.corpus import Corpus
 from mvlm.data.image import Pictures
 from mvlm.data.tokenizer import Tokenizer
@@ -28,10 +29,52 @@ TITLES = {"gqa": "GQA", "sqa": "SQA-I", "textvqa": "VQA-T", "pope": "POPE", "mme
 """Column heads of the paper's tables."""
 
 
-def benchmarks(cfg: DictConfig, folder: Path) -> list[Benchmark]:
-    """The chosen benchmarks, reading their files from `folder`."""
-    whole = OmegaConf.create({"benchmark": cfg, "benchmark_root": str(folder)})
-    return list(instantiate(whole.benchmark, _convert_="all").values())
+def benchmarks(
+    cfg: DictConfig, folder: Path, protocol: Protocol = "paper", any_version: bool = True
+) -> list[Benchmark]:
+    """The chosen benchmarks, reading their files from `folder`.
+
+    Args:
+        any_version: take other files than the published ones.
+
+    Raises:
+        ValueError: a benchmark does not know the protocol, or does not take another of its settings.
+    """
+    root = {"benchmark_root": str(folder), "protocol": protocol, "any_version": any_version}
+    try:
+        return list(instantiate(OmegaConf.create({"benchmark": cfg} | root).benchmark, _convert_="all").values())
+    except InstantiationException as error:  # Hydra's own words around ours
+        raise error.__cause__ or error from None
+
+
+def is_generated(cfg: DictConfig, folder: str | Path | None) -> bool:
+    """Whether a run's benchmark files are the pocket world's own."""
+    return folder is None and "pocket" in str(cfg.corpus.root)
+
+
+def opened(
+    cfg: DictConfig,
+    chosen: DictConfig,
+    files: Corpus,
+    *,
+    folder: str | Path | None = None,
+    protocol: Protocol = "paper",
+    any_version: bool = False,
+) -> list[Benchmark]:
+    """The chosen benchmarks of a run, read once, so that what is wrong with them is told before any work.
+
+    Args:
+        folder: of the benchmark files; the corpus' own if None.
+        any_version: take files of no published version. The generated ones are always taken.
+
+    Raises:
+        ValueError: a benchmark does not know the protocol; a file or a picture is missing, or a file is another one.
+    """
+    root = Path(folder) if folder else files.benchmarks
+    found = benchmarks(chosen, root, protocol, any_version or is_generated(cfg, folder))
+    for benchmark in found:
+        benchmark.questions()
+    return found
 
 
 def run(
@@ -42,17 +85,19 @@ def run(
     chosen: DictConfig,
     controls: Sequence[str],
     *,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
+    protocol: Protocol = "paper",
+    any_version: bool = False,
     batch_size: int = 32,
     max_new_tokens: int = 32,
 ) -> dict[str, Any]:
-    """Answer, score, print, and write results.json and index.html.
+    """Answer, score, print, and write results.json and index.html (results-harness.json and index-harness.html).
 
     Args:
-        folder: of the benchmark files; the corpus' own if None.
+        folder, protocol, any_version: see `opened`.
     """
     cfg = run.config
-    found = benchmarks(chosen, folder or files.benchmarks)
+    found = opened(cfg, chosen, files, folder=folder, protocol=protocol, any_version=any_version)
     talk = build.talk(cfg)
     if build.autocast_type(build.precision("auto")) == torch.bfloat16:
         model = model.to(torch.bfloat16)  # once; autocast would convert the weights again for every batch
@@ -73,10 +118,16 @@ def run(
     )
     results["model"] = run.folder.name
     results["corpus"] = str(folder or files.benchmarks)
-    write_json(run.folder / "results.json", results)
-    (run.folder / "index.html").write_text(page_of(run, results, found), encoding="utf-8")
+    results["generated"] = is_generated(cfg, folder)
+    write_json(run.folder / f"results{beside(results)}.json", results)
+    (run.folder / f"index{beside(results)}.html").write_text(page_of(run, results, found), encoding="utf-8")
     show(results, run)
     return results
+
+
+def beside(results: dict[str, Any]) -> str:
+    """What the names of another protocol's files and figures end in, so that they stand beside the paper's."""
+    return "" if results["protocol"] == "paper" else f"-{results['protocol']}"
 
 
 def rows(results: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -101,31 +152,38 @@ def show(results: dict[str, Any], run: Run) -> None:
     for view in views:
         table.add_column(CONTROLS[view], justify="right")
     table.add_column("questions", justify="right")
-    items = {TITLES.get(n, n): str(v["none"]["items"]) for n, v in results["benchmarks"].items()}
+    items = {TITLES.get(n, n): asked(v["none"], results["generated"]) for n, v in results["benchmarks"].items()}
     for name, cells in rows(results).items():
         table.add_row(name, *(cells[view] for view in views), items.get(name, ""))
     Console().print(table)
     gaps = [results["avg"]["none"] - results["avg"][c] for c in views[1:] if results["avg"]["none"] is not None]
     if gaps and min(gaps) < 5:
         Console().print("[yellow]The true picture gains it less than 5 points: this model has not learned to see.[/]")
-    Console().print(f"look at {run.folder / 'index.html'}")
+    Console().print(f"look at {run.folder / f'index{beside(results)}.html'}")
+
+
+def asked(score: dict[str, Any], generated: bool) -> str:
+    """How many questions, and whether they are a published set: 12578 (testdev-balanced), 40 (no published version)."""
+    origin = score["official"] or "no published version"
+    return str(score["items"]) if generated else f"{score['items']} ({origin})"
 
 
 def log(results: dict[str, Any], wandb: WandbLogger | None) -> None:
-    """The scores as a W&B summary: `scores/gqa/none`, ..., `scores/avg/blind`."""
+    """The scores as a W&B summary: `scores/gqa/none`, ..., `scores/avg/blind`; of the harness `scores-harness/...`."""
     if wandb is None:
         return
+    key = f"scores{beside(results)}"
     for name, views in results["benchmarks"].items():
-        wandb.experiment.summary.update({f"scores/{name}/{view}": score["value"] for view, score in views.items()})
-    wandb.experiment.summary.update({f"scores/avg/{view}": value for view, value in results["avg"].items()})
+        wandb.experiment.summary.update({f"{key}/{name}/{view}": score["value"] for view, score in views.items()})
+    wandb.experiment.summary.update({f"{key}/avg/{view}": value for view, value in results["avg"].items()})
 
 
 def about(run: Run, results: dict[str, Any]) -> str:
     """What produced the figures: they are never to be read without it."""
-    cfg = run.config
-    corpus = (
-        "generated pocket benchmarks" if "pocket" in str(cfg.corpus.root) else "benchmark files of " + results["corpus"]
-    )
+    corpus = "generated pocket benchmarks" if results["generated"] else "benchmark files of " + results["corpus"]
+    other = [TITLES.get(name, name) for name, views in results["benchmarks"].items() if not views["none"]["official"]]
+    if other and not results["generated"]:
+        corpus += f" ({', '.join(other)} of no published version)"
     return f"{run.folder.name}, protocol {results['protocol']}, {corpus}, 95% intervals over pictures"
 
 
@@ -141,9 +199,7 @@ def page_of(run: Run, results: dict[str, Any], found: Sequence[Benchmark], pictu
     for benchmark in found:
         marks = results["benchmarks"][benchmark.name]["none"]["per_question"]
         answers = {}
-        for line in (
-            (run.folder / "answers" / f"{benchmark.name}.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")
-        ):
+        for line in answers_file(run.folder / "answers", benchmark).read_text(encoding="utf-8").strip("\n").split("\n"):
             entry = json.loads(line)
             answers[entry["id"]] = entry["text"]
         seen: dict[Any, int] = {}

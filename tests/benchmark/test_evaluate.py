@@ -78,6 +78,31 @@ def test_all_six_with_both_controls(tmp_path, model, loop, six):
     assert sum(loop["pictures"].opened.values()) == opened
 
 
+def test_two_protocols_keep_their_answers_apart(tmp_path, model, loop, six):
+    folder = tmp_path / "answers"
+    paper = evaluate(model, six, folder, max_new_tokens=4, **loop)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    harness = [type(one)(one.folder, "harness") for one in six]
+    with pytest.raises(ValueError, match=r"have no answer in .*harness"):
+        evaluate(None, harness, folder)
+    results = evaluate(model, harness, folder, max_new_tokens=4, **loop)
+    assert (paper["protocol"], results["protocol"]) == ("paper", "harness")
+    assert {score["none"]["protocol"] for score in results["benchmarks"].values()} == {"harness"}
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in (folder / "harness").iterdir()} == {path.name for path in before}
+    assert evaluate(None, six, folder, max_new_tokens=4) == paper
+    assert evaluate(None, harness, folder) == results
+    with pytest.raises(ValueError, match=r"no common average, and here is gqa protocol=paper, sqa protocol=harness"):
+        evaluate(None, [six[0], harness[1]], folder)
+
+
+def test_the_harness_crops_nothing(tmp_path, tiny, model, loop, six):
+    cropped = tiny.Pixels()
+    harness = [type(one)(one.folder, "harness") for one in six]
+    evaluate(model, harness, tmp_path / "answers", max_new_tokens=1, cropped=cropped, **loop)
+    assert not cropped.opened and b"0 sqa" in loop["pictures"].opened
+
+
 def test_each_picture_is_encoded_once_for_all_views(tmp_path, model, loop, six):
     model.vision.shown = 0
     evaluate(model, six[:1], tmp_path / "answers", controls=["blind", "shuffled"], max_new_tokens=1, **loop)
@@ -145,6 +170,11 @@ def test_nothing_answered_and_no_model_is_an_error(tmp_path):
     [
         ('{"id": "0", "prompt": "other words", "text": "", "stopped": true}', "not asked in these words"),
         ('{"id": "99", "prompt": "a", "text": "", "stopped": true}', "answers '99'"),
+        (
+            '{"id": "0", "prompt": "a", "text": "x", "stopped": true}\n'
+            '{"id": "0", "prompt": "a", "text": "y", "stopped": true}',
+            "line 2 answers '0' a second time",
+        ),
         ('{"id": "0"}', "line 1 is no stored answer"),
         ("[1]", "line 1 is no stored answer"),
         ("broken", "line 1 is no stored answer"),

@@ -1,4 +1,5 @@
-"""MME's files, prompt and score; the golden predictions were scored by MME's own tool."""
+"""MME's files, prompts and score; the golden predictions were scored by MME's own tool, and by lmms-eval: every
+`lmms_eval_parsed` and both sums are matched."""
 
 from __future__ import annotations
 
@@ -8,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvlm.benchmark.mme import MME, PERCEPTION, points, said
+from mvlm.benchmark.mme import MME, PERCEPTION, points, prompt, said
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 GOLDEN = json.loads((REFERENCE / "metrics" / "mme.json").read_text())
+DIFFERENT = json.loads((REFERENCE / "metrics" / "differences.json").read_text())[
+    "cases_scored_differently_by_lmms_eval"
+]
 APART = ("posters", "celebrity")
 """Written here as the official artwork or landmark are: pictures and questions in folders of their own."""
 
@@ -46,15 +50,33 @@ def predictions(answer: str | None = None) -> dict[str, str]:
 def test_every_golden_answer_is_parsed_and_judged_alike(case):
     assert said(case["prediction"]) == case["parsed"]
     assert (said(case["prediction"]) == case["answer"].lower()) == case["correct"]
+    assert said(case["prediction"], "harness") == case["lmms_eval_parsed"]
+
+
+def test_the_harness_differs_in_as_many_cases_as_counted_there():
+    assert sum(case["parsed"] != said(case["prediction"], "harness") for case in GOLDEN["cases"]) == DIFFERENT["mme"]
+
+
+def all_points(protocol: str) -> dict[str, float]:
+    sums = {name: np.zeros(4) for name in GOLDEN["subtasks"]}
+    for one, two in zip(GOLDEN["cases"][::2], GOLDEN["cases"][1::2], strict=True):
+        right = [said(case["prediction"], protocol) == case["answer"].lower() for case in (one, two)]
+        sums[one["subtask"]] += [sum(right), 2, all(right), 1]
+    return {name: float(points(some)) for name, some in sums.items()}
 
 
 def test_the_golden_points_of_all_fourteen_categories():
-    sums = {name: np.zeros(4) for name in GOLDEN["subtasks"]}
-    for one, two in zip(GOLDEN["cases"][::2], GOLDEN["cases"][1::2], strict=True):
-        right = [said(case["prediction"]) == case["answer"].lower() for case in (one, two)]
-        sums[one["subtask"]] += [sum(right), 2, all(right), 1]
-    for name, theirs in GOLDEN["subtasks"].items():
-        assert points(sums[name]) == pytest.approx(theirs["score"], abs=1e-9)
+    for name, ours in all_points("paper").items():
+        assert ours == pytest.approx(GOLDEN["subtasks"][name]["score"], abs=1e-9)
+
+
+def test_both_sums_of_the_harness(benchmark):
+    by_name = all_points("harness")
+    perception = sum(by_name[name] for name in PERCEPTION)
+    assert perception == pytest.approx(GOLDEN["lmms_eval"]["perception"], abs=1e-9)
+    assert sum(by_name.values()) - perception == pytest.approx(GOLDEN["lmms_eval"]["cognition"], abs=1e-9)
+    score = MME(benchmark.folder, "harness").score(predictions())
+    assert (score.unit_value, score.value) == pytest.approx((perception, perception / 20), abs=1e-9)
 
 
 def test_the_golden_perception(benchmark):
@@ -75,6 +97,17 @@ def test_the_prompt_and_both_layouts(benchmark):
     assert question.text == "Is it no 1?\nAnswer the question using a single word or phrase."
     assert question.image == benchmark.folder / "posters" / "images" / "posters_001.jpg"
     assert questions["OCR/OCR_000/1"].image == benchmark.folder / "OCR" / "OCR_000.png"
+
+
+def test_the_prompts_differ_only_where_the_closing_sentence_stands_oddly():
+    ending = "\nAnswer the question using a single word or phrase."
+    for question, paper, harness in (
+        ("Is it? Please answer yes or no.", "Is it?", "Is it?"),
+        ("Is it?Please answer yes or no.", "Is it?", "Is it?Please answer yes or no."),
+        ("Say. Please answer yes or no. Is it?", "Say. Please answer yes or no. Is it?", "Say. Is it?"),
+    ):
+        assert (prompt(question), prompt(question, "harness")) == (paper + ending, harness + ending)
+    assert (MME("").max_new_tokens, MME("", "harness").max_new_tokens) == (128, 16)
 
 
 def test_bad_input(benchmark, tmp_path):
@@ -98,7 +131,13 @@ def test_a_missing_picture_is_named(benchmark, tmp_path):
 
 
 def test_empty_very_long_and_all_right_answers(benchmark):
-    assert benchmark.score(predictions("")).value == 0
+    for protocol in ("paper", "harness"):
+        for answer in ("", "    ", "perhaps " * 1_250):
+            score = MME(benchmark.folder, protocol).score(predictions(answer))
+            assert (score.value, score.detail["count neither yes nor no"]) == (0, score.items)
+    # Behind four spaces the paper's rule sees no yes; the harness strips them.
+    assert benchmark.score(predictions("    Yes")).value == 0
+    assert MME(benchmark.folder, "harness").score(predictions("    Yes")).unit_value == pytest.approx(500)
     # All yes: half of each category, and no picture with both right: 50 points a category.
     assert benchmark.score(predictions("Yes, " * 50_000)).unit_value == pytest.approx(500)
     truth = {q.id: q.truth for q in benchmark.questions()}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-PROTOCOL = "paper"
-"""The reference's prompts and scorers. A score made any other way must carry another name."""
+Protocol = Literal["paper", "harness"]
+"""Whose prompts, limits and rules: `paper` the reference's own scripts and scorers, `harness` the defaults of lmms-eval
+0.7.3. A score made any other way must carry another name."""
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-"""The two sentences that end the reference's prompts."""
+"""The two sentences that end the prompts of either protocol."""
 
 Picture = Path | bytes
 """A file, or the file's content where a benchmark keeps its pictures inside its table."""
@@ -52,37 +55,104 @@ class Score:
     """Figures beside the main one, in percent, MME's in points; counts where the name says so."""
     interval: tuple[float, float]
     """95 % interval of `value`, see `interval`."""
-    protocol: str = PROTOCOL
+    protocol: str = "paper"
+    official: str | None = None
+    """The published version that the files hold by their counts; None for any others (generated, cut, newer)."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
         return asdict(self) | {"interval": list(self.interval)}
 
 
-class Benchmark(Protocol):
-    """A folder of official files. `questions` and `score` need no model; files are read when they are called."""
+class Benchmark(ABC):
+    """A folder of official files, asked and scored by one protocol. Needs no model; reads its files when called.
 
-    name: str
-    max_new_tokens: int
-    """The reference's limit on an answer's length."""
-    crops: bool
+    A benchmark says its `name`, `source` and `limits` and has two methods, `read` and `marked`.
+
+    Args:
+        folder: of the files, see the class.
+        protocol: one of the keys of `limits`.
+        any_version: take files whose counts are of no published version. The score says so either way.
+
+    Raises:
+        ValueError: the benchmark does not know the protocol.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    """Where the files come from, for people."""
+    limits: ClassVar[Mapping[Protocol, int]]
+    """A protocol's limit on an answer's length in tokens."""
+    versions: ClassVar[Mapping[str, Mapping[str, int]]] = {}
+    """What is published: name -> counts, of all `questions` or of those of a group. Checksums of the files are not
+    published, so counts are all that a version is known by."""
+    cropped: ClassVar[bool] = False
     """Whether the reference cuts this benchmark's pictures to their middle although it pads all others."""
+
+    def __init__(self, folder: str | Path, protocol: Protocol = "paper", any_version: bool = True) -> None:
+        if protocol not in self.limits:
+            raise ValueError(f"protocol={protocol}: {self.name} knows {', '.join(self.limits)}")
+        self.folder, self.protocol, self.any_version = Path(folder), protocol, any_version
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The protocol's limit on an answer's length."""
+        return self.limits[self.protocol]
+
+    @property
+    def crops(self) -> bool:
+        """Whether pictures are cut to their middle. The harness leaves them to the model."""
+        return self.cropped and self.protocol == "paper"
 
     def questions(self) -> list[Question]:
         """Every question, with its picture known to be there.
 
         Raises:
-            ValueError: a file is missing or is laid out otherwise; the message says where it comes from.
+            ValueError: a file is missing, laid out otherwise or of another version, or an id comes twice; the message
+                says where it comes from.
         """
-        ...
+        found = require_pictures(list(self.read()), self.source)
+        if not self.any_version and self.versions and self.version(found) is None:
+            counts = _counts(found)
+            known = "; ".join(f"{name}: {_told(known)}" for name, known in self.versions.items())
+            keys = {key: counts[key] for each in self.versions.values() for key in each}
+            raise ValueError(
+                f"{self.folder} holds another version of {self.source}: it has {_told(keys)}, published is {known}. "
+                "Fetch that one, or add any_version=true: the score will say that it is of no published version"
+            )
+        return found
 
     def score(self, predictions: Mapping[str, str]) -> Score:
-        """The official score of the answers by question id.
+        """The protocol's score of the answers by question id.
 
         Raises:
             ValueError: an answer is missing.
         """
-        ...
+        questions = self.questions()
+        answered(questions, predictions)
+        score = self.marked(questions, predictions)
+        return replace(score, protocol=self.protocol, official=self.version(questions))
+
+    def version(self, questions: Sequence[Question]) -> str | None:
+        """The published version that has as many questions, in all or in each group; None if there is none."""
+        counts = _counts(questions)
+        return next((name for name, known in self.versions.items() if known.items() <= counts.items()), None)
+
+    @abstractmethod
+    def read(self) -> Iterable[Question]:
+        """The questions as the files have them; ids and pictures are checked by `questions`."""
+
+    @abstractmethod
+    def marked(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> Score:
+        """The score, when every question has its answer."""
+
+
+def _counts(questions: Sequence[Question]) -> Counter[str]:
+    return Counter(q.group for q in questions) | Counter({"questions": len(questions)})
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 def require(path: Path, source: str) -> Path:
@@ -104,9 +174,12 @@ def require_pictures(questions: Sequence[Question], source: str) -> list[Questio
     """
     if not questions:
         raise ValueError(f"no question was found; the files should be those of {source}")
-    if len({q.id for q in questions}) < len(questions):
-        twice = next(q.id for q in questions if sum(q.id == other.id for other in questions) > 1)
-        raise ValueError(f"question id {twice!r} comes more than once; ids must be unique (files of {source})")
+    twice = [id for id, count in Counter(q.id for q in questions).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"question id {twice[0]!r} comes more than once, as do {len(twice) - 1} others; ids must be unique: "
+            f"take the unchanged files of {source}"
+        )
     files = {q.image for q in questions if isinstance(q.image, Path)}
     gone = sorted(path for path in files if not path.is_file())
     if gone:
@@ -117,14 +190,36 @@ def require_pictures(questions: Sequence[Question], source: str) -> list[Questio
     return list(questions)
 
 
+def read_text(path: Path, source: str) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: missing, or no text in UTF-8.
+    """
+    try:
+        return require(path, source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}. It should be the file of {source}") from error
+
+
 def read_json(path: Path, source: str) -> Any:
     """A JSON file.
 
     Raises:
-        ValueError: missing, or not JSON; names the line.
+        ValueError: missing, not JSON (names the line), or a key comes twice in an object: only its last entry would be
+            left, and a question be lost without a word.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"{path}: {twice!r} comes more than once; take the unchanged file of {source}")
+        return found
+
+    text = read_text(path, source)
     try:
-        return json.loads(require(path, source).read_text(encoding="utf-8"))
+        return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}. It should be the file of {source}") from error
 

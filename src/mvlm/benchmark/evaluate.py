@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from mvlm.benchmark.answer import Control, answers
-from mvlm.benchmark.base import PROTOCOL, Benchmark, Question
+from mvlm.benchmark.base import Benchmark, Question
 from mvlm.model.mobilevlm import MobileVLM
 
 AVERAGED = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench")
@@ -40,8 +40,7 @@ def evaluate(
 
     Args:
         model: None if all answers are stored already: scoring them again needs no model.
-        folder: of the stored answers, NAME.jsonl and NAME-CONTROL.jsonl. They say nothing of the model: one folder a
-            model.
+        folder: of the stored answers, see `answers_file`. They say nothing of the model: one folder a model.
         controls: `blind` and `shuffled`, each asked beside the true pictures.
         max_new_tokens: below the benchmark's own limit, to save time; how many answers it cut is in the result.
         cropped: replaces `pictures` for benchmarks whose pictures the reference crops, if they are padded elsewhere.
@@ -50,9 +49,16 @@ def evaluate(
     Returns:
         {"protocol": ..., "benchmarks": {name: {view: score and "cut"}}, "avg": {view: Avg or None}} in plain types; a
         view is `none` or a control.
+
+    Raises:
+        ValueError: the benchmarks are of several protocols, or what `answers` and the benchmarks say.
     """
+    benchmarks = list(benchmarks)
+    protocols = {benchmark.protocol: benchmark.name for benchmark in benchmarks}
+    if len(protocols) > 1:
+        told = ", ".join(f"{name} protocol={protocol}" for protocol, name in protocols.items())
+        raise ValueError(f"scores of different protocols make no common average, and here is {told}")
     views: list[Control] = ["none", *controls]
-    folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     for benchmark in benchmarks:
         questions = benchmark.questions()
@@ -64,13 +70,21 @@ def evaluate(
         own["max_new_tokens"] = min(benchmark.max_new_tokens, max_new_tokens or benchmark.max_new_tokens)
         results[benchmark.name] = {}
         for view in views:
-            path = folder / (f"{benchmark.name}.jsonl" if view == "none" else f"{benchmark.name}-{view}.jsonl")
+            path = answers_file(folder, benchmark, view)
+            path.parent.mkdir(parents=True, exist_ok=True)
             lines = answer_all(model, questions, path, title=f"{benchmark.name} {view}", control=view, **own)
             score = benchmark.score({key: line["text"] for key, line in lines.items()})
             cut = sum(not line["stopped"] for line in lines.values())
             results[benchmark.name][view] = score.as_dict() | {"cut": cut}
     avg = {view: average({name: scores[view]["value"] for name, scores in results.items()}) for view in views}
-    return {"protocol": PROTOCOL, "benchmarks": results, "avg": avg}
+    return {"protocol": next(iter(protocols), None), "benchmarks": results, "avg": avg}
+
+
+def answers_file(folder: Path, benchmark: Benchmark, view: Control = "none") -> Path:
+    """NAME.jsonl or NAME-CONTROL.jsonl; of any protocol but the paper's in a folder of its own, since an answer to the
+    same words may have been given under another limit."""
+    folder = folder if benchmark.protocol == "paper" else folder / benchmark.protocol
+    return folder / (f"{benchmark.name}.jsonl" if view == "none" else f"{benchmark.name}-{view}.jsonl")
 
 
 def answer_all(
@@ -107,7 +121,7 @@ def stored(path: Path, questions: Sequence[Question]) -> dict[str, dict[str, Any
     """The lines of a file of answers by id; a last line without its end is cut off from the file, with a message.
 
     Raises:
-        ValueError: a line is no answer, or answers a question that is not asked in these words.
+        ValueError: a line is no answer, answers a question that is not asked in these words, or answers it again.
     """
     if not path.exists():
         return {}
@@ -128,6 +142,11 @@ def stored(path: Path, questions: Sequence[Question]) -> dict[str, dict[str, Any
             raise ValueError(
                 f"{path}, line {number} answers {line['id']!r}, which is not asked in these words here: "
                 "the file belongs to other questions; remove it, or answer into another folder"
+            )
+        if line["id"] in lines:
+            raise ValueError(
+                f"{path}, line {number} answers {line['id']!r} a second time, so which answer counts cannot be known: "
+                "remove that line, or the file (was it written by two runs at once?)"
             )
         lines[line["id"]] = line
     return lines

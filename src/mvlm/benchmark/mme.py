@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
-from mvlm.benchmark.base import (
-    SHORT,
-    Question,
-    Score,
-    answered,
-    interval,
-    other_layout,
-    require,
-    require_pictures,
-)
+from mvlm.benchmark.base import SHORT, Benchmark, Protocol, Question, Score, interval, other_layout, read_text, require
 
-SOURCE = "MME (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation)"
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 ASKS = "Please answer yes or no."
 
 
-def said(answer: str) -> str:
-    """yes, no or other, by the first four characters: `nose` and `know` are no, `n` and `y` are other."""
-    begins = answer.lower()[:4]
-    return "yes" if "yes" in begins else "no" if "no" in begins else "other"
+def prompt(question: str, protocol: Protocol = "paper") -> str:
+    """The question with its closing sentence replaced; the harness looks for that after a space, and anywhere."""
+    if protocol == "harness":
+        return question.strip().replace(f" {ASKS}", "") + SHORT
+    return question.strip().removesuffix(ASKS).rstrip() + SHORT
+
+
+def said(answer: str, protocol: Protocol = "paper") -> str:
+    """yes, no or other, by the first four characters: `nose` and `know` are no.
+
+    Paper: nothing is stripped; `n` and `y` are other. Harness: stripped, periods off; a lone `n` or `y` is meant.
+    """
+    text = answer.lower()
+    if protocol == "harness":
+        text = text.strip().replace(".", "")
+        text = {"y": "yes", "n": "no"}.get(text, text)
+    return "yes" if "yes" in text[:4] else "no" if "no" in text[:4] else "other"
 
 
 def points(sums: np.ndarray) -> np.ndarray:
@@ -38,8 +41,10 @@ def points(sums: np.ndarray) -> np.ndarray:
     return 100 * (right / np.maximum(questions, 1) + both / np.maximum(pictures, 1))
 
 
-class MME:
+class MME(Benchmark):
     """Points from 0 to 2000: 100 * (accuracy + share of pictures with both answers right), summed over the categories.
+
+    Harness: the perception score of task `mme`. It pairs questions by picture, as is done here for both.
 
     Args:
         folder: a folder a category, in it NAME.jpg (or .png) and NAME.txt, whose two lines are `question<tab>Yes|No`.
@@ -47,39 +52,40 @@ class MME:
     """
 
     name = "mme"
-    max_new_tokens = 128
-    crops = False
+    source = "MME (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation)"
+    limits: ClassVar = {"paper": 128, "harness": 16}
+    versions: ClassVar = {
+        "perception": {
+            "existence": 60, "count": 60, "position": 60, "color": 60, "posters": 294, "celebrity": 340,
+            "scene": 400, "landmark": 400, "artwork": 400, "OCR": 40,
+        }
+    }  # fmt: skip
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def read(self) -> Iterator[Question]:
+        for category in PERCEPTION:
+            yield from self._category(category)
 
-    def questions(self) -> list[Question]:
-        found = [q for category in PERCEPTION for q in self._category(category)]
-        return require_pictures(found, SOURCE)
-
-    def _category(self, category: str) -> list[Question]:
-        folder, found = require(self.folder / category, SOURCE), []
+    def _category(self, category: str) -> Iterator[Question]:
+        folder = require(self.folder / category, self.source)
         apart = (folder / "questions_answers_YN").is_dir()
         texts = sorted((folder / "questions_answers_YN" if apart else folder).glob("*.txt"))
         images = folder / "images" if apart else folder
         if not texts:
-            raise ValueError(f"{folder} holds no .txt with questions: it should be a category of {SOURCE}")
+            raise ValueError(f"{folder} holds no .txt with questions: it should be a category of {self.source}")
         for path in texts:
-            lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line.split("\t") for line in read_text(path, self.source).splitlines() if line.strip()]
             answers = [line[1].strip().lower() if len(line) == 2 else "?" for line in lines]
             if len(lines) != 2 or not set(answers) <= {"yes", "no"}:
-                raise other_layout(path, "two lines `question<tab>Yes|No`", SOURCE, f"{len(lines)} lines: {answers}")
+                found = f"{len(lines)} lines: {answers}"
+                raise other_layout(path, "two lines `question<tab>Yes|No`", self.source, found)
             named = [images / f"{path.stem}{suffix}" for suffix in (".jpg", ".png", ".jpeg")]
             image = next((file for file in named if file.is_file()), named[0])
             for number, (line, answer) in enumerate(zip(lines, answers, strict=True), 1):
-                text = line[0].strip().removesuffix(ASKS).rstrip() + SHORT
-                found.append(Question(f"{category}/{path.stem}/{number}", text, image, answer, category))
-        return found
+                text = prompt(line[0], self.protocol)
+                yield Question(f"{category}/{path.stem}/{number}", text, image, answer, category)
 
-    def score(self, predictions: Mapping[str, str]) -> Score:
-        questions = self.questions()
-        answered(questions, predictions)
-        answers = {q.id: said(predictions[q.id]) for q in questions}
+    def marked(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> Score:
+        answers = {q.id: said(predictions[q.id], self.protocol) for q in questions}
         right = {q.id: float(answers[q.id] == q.truth) for q in questions}
         counts = np.zeros((len(questions) // 2, len(PERCEPTION), 4))
         pairs = list(zip(questions[::2], questions[1::2], strict=True))  # every picture brought exactly two

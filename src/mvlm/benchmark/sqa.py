@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from mvlm.benchmark.base import (
-    LETTER,
-    Question,
-    Score,
-    answered,
-    mean_score,
-    other_layout,
-    read_json,
-    require_pictures,
-)
+from mvlm.benchmark.base import LETTER, Benchmark, Protocol, Question, Score, mean_score, other_layout, read_json
 
-SOURCE = "ScienceQA (scienceqa.github.io: problems.json, pid_splits.json and the images of the test split)"
 LETTERS = "ABCDE"
 FAILED = "FAILED"
 
@@ -42,12 +32,25 @@ def prompt(problem: Mapping[str, Any], order: Order = "CQM") -> str:
     return "\n".join(lines).replace("  ", " ").strip() + LETTER
 
 
-def parsed(answer: str) -> str:
-    """The letter an answer names, or FAILED.
+def harness_prompt(problem: Mapping[str, Any]) -> str:
+    """A problem as the harness asks it: context only if there is one, a line for each choice."""
+    lines = [f"Context: {problem['hint']}"] if problem["hint"] else []
+    lines += [problem["question"]]
+    lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False)]
+    return "\n".join(lines) + LETTER
 
-    A bare letter; or a letter, a period and a space at the start; or one `The answer is X` with any character behind
-    it. So `A.`, `(A)`, `a` and a sentence that ends in `The answer is A` fail; the letter may be one not offered.
+
+def parsed(answer: str, protocol: Protocol = "paper") -> str:
+    """The letter an answer names, or FAILED; it may be one not offered.
+
+    Paper: a bare letter; or a letter, a period and a space at the start; or one `The answer is X` with any character
+    behind it. So `A.`, `(A)`, `a` and a sentence that ends in `The answer is A` fail. Harness: stripped; a bare letter
+    of either case; or a capital and a period at the start, whatever follows.
     """
+    if protocol == "harness":
+        answer = answer.strip()
+        letter = answer.upper() if len(answer) == 1 else answer[0] if answer[1:2] == "." else FAILED
+        return letter if letter in set(LETTERS) else FAILED
     if len(answer) == 1 and answer in LETTERS:
         return answer
     if answer[:1] and answer[0] in LETTERS and answer[1:3] == ". ":
@@ -61,47 +64,52 @@ def chosen(letter: str, choices: int) -> int:
     return LETTERS.index(letter) if letter in LETTERS[:choices] else -1
 
 
-class SQA:
-    """Accuracy on the letters.
+class SQA(Benchmark):
+    """Accuracy on the letters. Harness: task `scienceqa_img`, the same questions in another prompt.
+
+    The harness shows pictures as the model's adapter likes; its setting for LLaVA's, which cuts them, is no default.
 
     Args:
         folder: holds problems.json, pid_splits.json and images/test/<problem>/image.png.
-        order: see `prompt`.
+        order: see `prompt`; the harness has but one.
     """
 
     name = "sqa"
-    max_new_tokens = 1024
-    crops = True
+    source = "ScienceQA (scienceqa.github.io: problems.json, pid_splits.json and the images of the test split)"
+    limits: ClassVar = {"paper": 1024, "harness": 16}
+    versions: ClassVar = {"test, with a picture": {"questions": 2_017}}
+    cropped = True
 
-    def __init__(self, folder: str | Path, order: Order = "CQM") -> None:
+    def __init__(
+        self, folder: str | Path, protocol: Protocol = "paper", any_version: bool = True, order: Order = "CQM"
+    ) -> None:
+        super().__init__(folder, protocol, any_version)
         if order not in ("CQM", "QCM"):
             raise ValueError(f"order is CQM or QCM, not {order!r}")
-        self.folder, self.order = Path(folder), order
+        if protocol == "harness" and order != "CQM":
+            raise ValueError(f"order={order} is for protocol=paper: the harness asks in an order of its own")
+        self.order = order
 
-    def questions(self) -> list[Question]:
+    def read(self) -> Iterator[Question]:
         path, splits = self.folder / "problems.json", self.folder / "pid_splits.json"
-        problems, test = read_json(path, SOURCE), read_json(splits, SOURCE)
+        problems, test = read_json(path, self.source), read_json(splits, self.source)
         try:
-            found = [
-                Question(
-                    id=key,
-                    text=prompt(problems[key], self.order),
-                    image=self.folder / "images" / "test" / key / problems[key]["image"],
-                    truth=(problems[key]["answer"], len(problems[key]["choices"])),
-                    group=problems[key].get("subject", ""),
-                )
-                for key in test["test"]
-                if problems[key]["image"]
-            ]
+            for key in test["test"]:
+                problem = problems[key]
+                if problem["image"]:
+                    yield Question(
+                        id=key,
+                        text=harness_prompt(problem) if self.protocol == "harness" else prompt(problem, self.order),
+                        image=self.folder / "images" / "test" / key / problem["image"],
+                        truth=(problem["answer"], len(problem["choices"])),
+                        group=problem.get("subject", ""),
+                    )
         except (KeyError, TypeError, AttributeError) as error:
             expected = "{id: {question, hint, choices, answer, image}}, and {test: [id]} beside it,"
-            raise other_layout(path, expected, SOURCE, error) from error
-        return require_pictures(found, SOURCE)
+            raise other_layout(path, expected, self.source, error) from error
 
-    def score(self, predictions: Mapping[str, str]) -> Score:
-        questions = self.questions()
-        answered(questions, predictions)
-        letters = {q.id: parsed(predictions[q.id]) for q in questions}
+    def marked(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> Score:
+        letters = {q.id: parsed(predictions[q.id], self.protocol) for q in questions}
         marks = {q.id: float(chosen(letters[q.id], q.truth[1]) == q.truth[0]) for q in questions}
         detail: dict[str, float] = {"count without a letter": list(letters.values()).count(FAILED)}
         for subject in sorted({q.group for q in questions if q.group}):

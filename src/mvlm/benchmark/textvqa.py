@@ -6,19 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
-from mvlm.benchmark.base import (
-    SHORT,
-    Question,
-    Score,
-    answered,
-    mean_score,
-    other_layout,
-    read_json,
-    require_pictures,
-)
+from mvlm.benchmark.base import SHORT, Benchmark, Question, Score, mean_score, other_layout, read_json
 
-SOURCE = "TextVQA (textvqa.org/dataset: questions, Rosetta OCR tokens and train_val_images)"
 ANSWERS = 10
 """People asked for each question."""
 
@@ -81,45 +72,50 @@ def prompt(question: str, ocr_tokens: Sequence[str]) -> str:
     return f"{question}\nReference OCR token: {', '.join(ocr_tokens)}{SHORT}"
 
 
-class TextVQA:
-    """Soft accuracy against ten answers.
+def harness_prompt(question: str) -> str:
+    """The question without OCR tokens, its first letter a capital and all others small, names included."""
+    return question.capitalize() + SHORT
+
+
+class TextVQA(Benchmark):
+    """Soft accuracy against ten answers. Harness: task `textvqa_val`, scored alike but asked without OCR tokens.
+
+    The harness' task sets no limit on the answer's length; 1024 is what its LLaVA adapter fills in.
 
     Args:
         folder: holds TextVQA_0.5.1_val.json, TextVQA_Rosetta_OCR_v0.2_val.json and train_images/<image_id>.jpg.
     """
 
     name = "textvqa"
-    max_new_tokens = 128
-    crops = False
+    source = "TextVQA (textvqa.org/dataset: questions, Rosetta OCR tokens and train_val_images)"
+    limits: ClassVar = {"paper": 128, "harness": 1024}
+    versions: ClassVar = {"0.5.1, validation": {"questions": 5_000}}
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    def questions(self) -> list[Question]:
-        path, ocr = self.folder / "TextVQA_0.5.1_val.json", self.folder / "TextVQA_Rosetta_OCR_v0.2_val.json"
-        records, seen = read_json(path, SOURCE), read_json(ocr, SOURCE)
+    def read(self) -> Iterator[Question]:
+        path = self.folder / "TextVQA_0.5.1_val.json"
+        records, paper = read_json(path, self.source), self.protocol == "paper"
+        tokens = self._ocr_tokens(self.folder / "TextVQA_Rosetta_OCR_v0.2_val.json") if paper else {}
         try:
-            tokens = {record["image_id"]: record["ocr_tokens"] for record in seen["data"]}
-        except (KeyError, TypeError) as error:
-            raise other_layout(ocr, "{data: [{image_id, ocr_tokens}]}", SOURCE, error) from error
-        try:
-            found = [
-                Question(
+            for record in records["data"]:
+                text, image = record["question"], record["image_id"]
+                yield Question(
                     id=str(record["question_id"]),
-                    text=prompt(record["question"], tokens[record["image_id"]]),
-                    image=self.folder / "train_images" / f"{record['image_id']}.jpg",
+                    text=prompt(text, tokens[image]) if paper else harness_prompt(text),
+                    image=self.folder / "train_images" / f"{image}.jpg",
                     truth=_ten(record["answers"]),
                 )
-                for record in records["data"]
-            ]
         except (KeyError, TypeError, ValueError) as error:
             expected = "{data: [{question_id, question, image_id, answers}]}, its pictures all in the OCR file,"
-            raise other_layout(path, expected, SOURCE, error) from error
-        return require_pictures(found, SOURCE)
+            raise other_layout(path, expected, self.source, error) from error
 
-    def score(self, predictions: Mapping[str, str]) -> Score:
-        questions = self.questions()
-        answered(questions, predictions)
+    def _ocr_tokens(self, path: Path) -> dict[str, list[str]]:
+        seen = read_json(path, self.source)
+        try:
+            return {record["image_id"]: record["ocr_tokens"] for record in seen["data"]}
+        except (KeyError, TypeError) as error:
+            raise other_layout(path, "{data: [{image_id, ocr_tokens}]}", self.source, error) from error
+
+    def marked(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> Score:
         marks = {q.id: soft_score(predictions[q.id], q.truth) for q in questions}
         return mean_score(marks, [q.image for q in questions], len(questions), {})
 
