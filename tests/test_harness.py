@@ -180,6 +180,17 @@ def test_every_request_gets_its_own_answer(run: Run, released: Path, kind: str) 
     assert sum(read) == len(PICTURES) * 2, "once for each of two limits"
 
 
+def test_pictures_of_equal_indices_and_other_palettes_are_two(run: Run) -> None:
+    """A palette picture is its indices and its palette; GIF and PNG files come as such."""
+    one, other = (Image.new("P", (8, 8)) for _ in range(2))
+    one.putpalette([250, 0, 0])
+    other.putpalette([0, 0, 250])
+    model, read = MVLM(str(run.folder), device="cpu", dtype="float32"), []
+    model.model.vision.register_forward_pre_hook(lambda _, pixels: read.append(len(pixels[0])))
+    ask(model, document("What?", one), document("What?", other), document("What?", one.copy()))
+    assert sum(read) == 2
+
+
 def test_stop_texts_end_an_answer(run: Run) -> None:
     model = MVLM(str(run.folder), device="cpu", dtype="float32")
     (whole,) = ask(model, document(max_new_tokens=30, until=[]))

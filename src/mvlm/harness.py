@@ -84,7 +84,8 @@ class MVLM(lmms):
         """Answers in the order of the requests. All are looked at before the first is answered.
 
         A picture is known by its content and taken from the task again when it is its turn: equal ones are read once,
-        whichever documents they belong to, and none is kept in memory.
+        whichever documents they belong to, and none is kept in memory. Stop texts (`until`) cut what has been said; only
+        the template's own end makes the loop stop earlier than the limit.
 
         Raises:
             ValueError: a request shows several pictures or none that is one, or asks for more than greedy decoding.
@@ -100,7 +101,7 @@ class MVLM(lmms):
             if picture is not None:
                 if text.count(IMAGE_TAG) > 1:
                     raise ValueError(f"{where} has one picture and {text.count(IMAGE_TAG)} places for it ({IMAGE_TAG})")
-                name = Path(sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest())
+                name = Path(sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest())
                 sources.setdefault(name, source)
             order.append(f"{number} ({where})")  # a document may be asked about several times
             groups[self._limits(settings, where)].append(Question(order[-1], text, name, None))
@@ -152,7 +153,7 @@ class MVLM(lmms):
 
 
 def _picture(to_visual: Callable, documents: Any, number: int, where: str) -> Image.Image | None:
-    """A document's picture, None if it has none.
+    """A document's picture as RGB (whose bytes are all there is of it: no palette), None if it has none.
 
     Raises:
         ValueError: it has several, or something else such as a video's path.
@@ -162,7 +163,7 @@ def _picture(to_visual: Callable, documents: Any, number: int, where: str) -> Im
         raise ValueError(f"{where} shows {len(shown)} pictures, and mvlm takes one a question: leave the task out")
     if not all(isinstance(one, Image.Image) for one in shown):
         raise ValueError(f"{where} shows a {type(shown[0]).__name__}, and mvlm takes pictures only: leave the task out")
-    return shown[0] if shown else None
+    return shown[0].convert("RGB") if shown else None
 
 
 def _before(text: str, until: Sequence[str]) -> str:
