@@ -89,6 +89,21 @@ def test_benchmarks_read_the_generated_files(configure, benchmark: str, protocol
     assert opened(cfg, cfg.benchmark, files, **asked, any_version=True)
 
 
+def test_the_table_says_whether_files_are_a_published_set(tmp_path: Path) -> None:
+    from mvlm.run import Run
+    from mvlm.score import about, asked
+
+    score = {"items": 12578, "official": "testdev-balanced"}
+    assert asked(score, generated=False) == "12578 (testdev-balanced)"
+    assert asked(score | {"items": 40, "official": None}, generated=False) == "40 (no published version)"
+    assert asked(score | {"items": 40, "official": None}, generated=True) == "40"
+    scores = {"gqa": {"none": score}, "pope": {"none": score | {"official": None}}}
+    results = {"protocol": "harness", "generated": False, "corpus": "/data", "benchmarks": scores}
+    told = about(Run(tmp_path), results)
+    assert "protocol harness, benchmark files of /data (POPE of no published version)" in told
+    assert "generated pocket benchmarks" in about(Run(tmp_path), results | {"generated": True})
+
+
 def test_an_unknown_protocol_is_refused_by_name(configure) -> None:
     from mvlm.score import opened
 

@@ -84,8 +84,8 @@ class Benchmark(ABC):
     limits: ClassVar[Mapping[Protocol, int]]
     """A protocol's limit on an answer's length in tokens."""
     versions: ClassVar[Mapping[str, Mapping[str, int]]] = {}
-    """What is published: name -> counts, of all `questions` or of those of a group. Checksums of the files are not
-    published, so counts are all that a version is known by."""
+    """What is published: name -> counts, of all `questions` or of those of a group. Counts are all that a version is
+    known by here: no checksum of these files was found that could be relied on."""
     cropped: ClassVar[bool] = False
     """Whether the reference cuts this benchmark's pictures to their middle although it pads all others."""
 
