@@ -15,10 +15,12 @@ from mvlm.cli import script
 
 
 def main(cfg) -> None:
+    from functools import partial
+
     import lightning as L
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from mvlm import build, fit, score
+    from mvlm.benchmark.ranks import ranks
     from mvlm.run import Run
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -26,15 +28,18 @@ def main(cfg) -> None:
     files, words = build.corpus(cfg), build.tokenizer(cfg)
     model = build.model(cfg)
     data = {stage: build.mixture(cfg, stage, files, words, model.image_tokens) for stage in build.STAGES}
-    fit.check(cfg, data, run)
+    fit.check(cfg, data, run, files)
 
     with fit.tracking(cfg, run) as wandb:
         for stage in build.STAGES:
             if data[stage] is not None and not run.finished(stage):
                 fit.stage(cfg, run, stage, model, data, files, words, wandb)
-        if cfg.evaluate and rank_zero_only.rank == 0:  # of several processes one answers the questions
-            results = score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls)
-            score.log(results, wandb)
+        if cfg.evaluate:  # by all processes together
+            device = "cpu" if cfg.trainer.accelerator == "cpu" else "auto"
+            trained, where = partial(build.trained, run), {"folder": cfg.benchmark_root, "device": device}
+            results = score.run(run, trained, files, words, cfg.benchmark, cfg.controls, **where)
+            if ranks()[0] == 0:
+                score.log(results, wandb)
 
 
 if __name__ == "__main__":

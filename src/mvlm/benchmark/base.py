@@ -77,7 +77,7 @@ class Benchmark(Protocol):
         ...
 
     def score(self, predictions: Mapping[str, str]) -> Score:
-        """The official score of the answers by question id.
+        """The official score of the answers by question id, to all that `self.questions()` lists: it may be given a part.
 
         Raises:
             ValueError: an answer is missing.
