@@ -4,8 +4,10 @@
     python evaluate.py run=<folder> benchmark=[gqa,pope] controls=[]
     python evaluate.py run=<folder> benchmark_root=/data/benchmarks      the real files, laid out as each benchmark's page says
     python evaluate.py run=<folder> protocol=harness                     by lmms-eval's rules, into files of its own
+    python evaluate.py run=<folder> flips=true                           how many answers depend on being asked one at a time
+    torchrun --nproc-per-node 8 evaluate.py run=<folder>                 on eight GPUs; on any other number, it goes on
 
-Answers already stored are kept, so an interrupted evaluation goes on and scoring again needs no time.
+Answers already stored are kept, so an interrupted evaluation goes on and scoring again needs seconds and no model.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ from mvlm.cli import script
 
 
 def main(cfg) -> None:
+    from functools import partial
+
     from mvlm import build, score
+    from mvlm.benchmark.ranks import join
     from mvlm.run import Run
 
     run = Run.find(cfg.run)
-    files = build.corpus(run.config)
-    asked = {"folder": cfg.benchmark_root, "protocol": cfg.protocol, "any_version": cfg.any_version}
-    score.opened(run.config, cfg.benchmark, files, **asked)  # what is wrong there is told before the model is loaded
-    words, limits = build.tokenizer(run.config), {"batch_size": cfg.batch_size, "max_new_tokens": cfg.max_new_tokens}
-    score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls, **asked, **limits)
+    join()
+    files, words = build.corpus(run.config), build.tokenizer(run.config)
+    asked = ("protocol", "any_version", "batch_size", "max_new_tokens", "precision", "device", "again", "flips")
+    how = {"folder": cfg.benchmark_root} | {key: cfg[key] for key in asked}
+    score.run(run, partial(build.trained, run), files, words, cfg.benchmark, cfg.controls, **how)
 
 
 if __name__ == "__main__":

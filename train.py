@@ -15,10 +15,12 @@ from mvlm.cli import script
 
 
 def main(cfg) -> None:
+    from functools import partial
+
     import lightning as L
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from mvlm import build, fit, score
+    from mvlm.benchmark.ranks import ranks
     from mvlm.run import Run
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -26,7 +28,7 @@ def main(cfg) -> None:
     files, words = build.corpus(cfg), build.tokenizer(cfg)
     model = build.model(cfg)
     data = {stage: build.mixture(cfg, stage, files, words, model.image_tokens) for stage in build.STAGES}
-    fit.check(cfg, data, run)
+    fit.check(cfg, data, run, files)
     scored = {"folder": cfg.benchmark_root, "protocol": cfg.protocol, "any_version": cfg.any_version}
     if cfg.evaluate:  # a missing or wrong benchmark file is told now, not after the training
         score.opened(cfg, cfg.benchmark, files, **scored)
@@ -35,9 +37,12 @@ def main(cfg) -> None:
         for stage in build.STAGES:
             if data[stage] is not None and not run.finished(stage):
                 fit.stage(cfg, run, stage, model, data, files, words, wandb)
-        if cfg.evaluate and rank_zero_only.rank == 0:  # of several processes one answers the questions
-            results = score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls, **scored)
-            score.log(results, wandb)
+        if cfg.evaluate:  # by all processes together
+            scored["device"] = "cpu" if cfg.trainer.accelerator == "cpu" else "auto"
+            trained = partial(build.trained, run)
+            results = score.run(run, trained, files, words, cfg.benchmark, cfg.controls, **scored)
+            if ranks()[0] == 0:
+                score.log(results, wandb)
 
 
 if __name__ == "__main__":

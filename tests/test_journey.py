@@ -25,8 +25,8 @@ def shell(nano_cache: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("journey")
     env = os.environ | {"MVLM_CACHE": str(nano_cache), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
 
-    def run(script: str, *words: str, ok: bool = True) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / script), *words]
+    def run(script: str, *words: str, ok: bool = True, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+        command = [sys.executable, *launch, str(ROOT / script), *words]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
         assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
         return done
@@ -103,8 +103,13 @@ def test_a_folder_of_another_configuration_is_refused(shell, trained: Run) -> No
     assert "recipe.clip: 1.0 there, 2.0 here" in told and "Traceback" not in told
 
 
-def test_evaluate_scores_again_without_answering(shell, trained: Run) -> None:
-    done = shell("evaluate.py", f"run={trained.folder}", "benchmark=[pope]")
+def test_evaluate_scores_again_without_a_model(shell, trained: Run) -> None:
+    weights = trained.folder / "finetune" / "model.safetensors"
+    gone = weights.rename(weights.with_suffix(".away"))
+    try:
+        done = shell("evaluate.py", f"run={trained.folder}", "benchmark=[pope]")
+    finally:
+        gone.rename(weights)
     assert "POPE" in done.stdout
 
 
@@ -123,6 +128,21 @@ def test_the_harness_protocol_stands_beside_the_papers(shell, trained: Run) -> N
     assert {name: (trained.folder / name).read_bytes() for name in paper} == paper
     told = shell("evaluate.py", f"run={trained.folder}", "protocol=harnes", ok=False).stderr
     assert "protocol=harnes: gqa knows paper, harness" in told and "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_evaluate_on_two_processes_leaves_the_answers_of_one(shell, trained: Run) -> None:
+    """In float32 byte for byte; what was answered before is set aside, not lost."""
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    words = (f"run={trained.folder}", "precision=32-true", "again=true", "flips=true")
+    folder, told = trained.folder / "answers", []
+    for how in ((), launch):
+        shell("evaluate.py", *words, launch=how)
+        files = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+        told.append((files, json.loads((trained.folder / "results.json").read_text())))
+    assert told[0] == told[1] and len(told[0][0]) == 24
+    assert {entry["flipped"] for entry in told[0][1]["flips"].values()} == {0}
+    assert len(list((folder / "before-2").iterdir())) == 24
 
 
 def test_chat_answers_about_a_picture(shell, trained: Run) -> None:
@@ -225,12 +245,20 @@ def test_one_step_learns_nothing_and_is_refused(shell) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(shell) -> None:
-    """The same global batch dealt to two processes: the same losses step by step, up to float32 sums in another order."""
+    """The same global batch dealt to two processes: the same losses step by step, up to float32 sums in another order. Both answer
+    their part of the questions, while training and after it."""
     cells = {"one": ["trainer=cpu"], "two": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]}
     histories = {}
     for cell, words in cells.items():
-        shell("train.py", "model=nano", f"cell={cell}", "evaluate=false", "trainer.precision=32-true", *words)
+        words += ["trainer.precision=32-true", "benchmark=[pope]", "controls=[]", "val_every=5", "val_items=8"]
+        shell("train.py", "model=nano", f"cell={cell}", *words)
         told = [json.loads((shell.folder / "runs" / cell / s / "stage.json").read_text()) for s in build.STAGES]
         assert {stage["devices"] for stage in told} == {1 if cell == "one" else 2}
         histories[cell] = [entry["loss"] for stage in told for entry in stage["history"]]
+        run = Run(shell.folder / "runs" / cell)
+        results = json.loads((run.folder / "results.json").read_text())["benchmarks"]["pope"]["none"]
+        answers = list((run.folder / "answers").iterdir())
+        assert [path.name for path in answers] == ["pope.jsonl"], "no process' part is left"
+        assert len(answers[0].read_text().splitlines()) == results["items"]
+        assert "val/pope_items" in (run.folder / "finetune" / "metrics.csv").read_text()
     assert histories["two"] == pytest.approx(histories["one"], rel=1e-4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -65,6 +67,22 @@ def talk(cfg: DictConfig, stage: str = "finetune") -> Template:
     return template(cfg.recipe[stage].template)
 
 
+def asking(cfg: DictConfig, words: Tokenizer, model: Callable[[], MobileVLM]) -> dict[str, Any]:
+    """What the benchmarks' answer loop must be told beside the model: questions are asked as the last stage trains.
+
+    Args:
+        model: called when the first prompt is made, so that stored answers are scored without one.
+    """
+    said, look = talk(cfg), pictures(cfg, "finetune")
+    return {
+        "encode_prompt": lambda text, seen: said.prompt(text, words, image_tokens=model().image_tokens, has_image=seen),
+        "decode": words.decode,
+        "pictures": look,
+        "cropped": Pictures(look.size, "square", look.mean, look.std) if look.mode == "pad" else None,
+        "stop_ids": said.stop_ids(words),
+    }
+
+
 def mixture(
     cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int, on_bad_sample: str = "stop"
 ) -> Mixture | None:
@@ -89,6 +107,11 @@ def mixture(
         ],
         seed=cfg.seed,
     )
+
+
+def device(wanted: str = "auto") -> torch.device:
+    """Where a model answers: `auto` is the process' own GPU, or the processor where there is none."""
+    return torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def precision(wanted: str = "auto") -> str:

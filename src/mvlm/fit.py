@@ -17,14 +17,15 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mvlm import build
+from mvlm import build, score
+from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
 from mvlm.data.corpus import Corpus
 from mvlm.data.datamodule import StepData
@@ -48,12 +49,14 @@ HELD_OUT = 8
 """Samples whose loss with the true and with another picture is watched while a stage learns."""
 
 
-def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run) -> None:
+def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Corpus) -> None:
     """Everything that could be wrong with a run, before any work: rates, batches, labels; then say what will be trained.
 
     Raises:
-        ValueError: no data, an unknown start, a strategy that misses a part, a batch that cannot be split, too many dialogues without labels.
+        ValueError: no data, an unknown start, a strategy that misses a part, a batch that cannot be split, too many dialogues
+            without labels, a validation that cannot be.
     """
+    validation(cfg, files)
     if not any(data.values()):
         raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
     if cfg.recipe.start not in ("random", "words"):
@@ -101,6 +104,37 @@ def check_labels(stage: str, mixture: Mixture) -> None:
         )
 
 
+def validation(cfg: DictConfig, files: Corpus) -> list[BenchmarkMetric]:
+    """What the model answers while it trains; nothing with `val_every=null`.
+
+    Raises:
+        ValueError: a benchmark's files are missing; numbers below 1; the weights will lie in pieces on several devices.
+    """
+    if cfg.val_every is None:
+        return []
+    if cfg.val_every < 1 or cfg.val_items < 1:
+        raise ValueError(
+            f"val_every={cfg.val_every} and val_items={cfg.val_items} count optimizer steps and questions: at least 1 each; "
+            "val_every=null validates never"
+        )
+    if sharded(cfg):
+        raise ValueError(
+            f"val_every={cfg.val_every}: trainer.strategy={cfg.trainer.strategy} keeps a piece of the weights on each device, and "
+            "answering needs all of them. Set val_every=null, or trainer.strategy=ddp or deepspeed_stage_2"
+        )
+    return [
+        BenchmarkMetric(b, cfg.val_items)
+        for b in score.opened(
+            cfg, cfg.benchmark, files, folder=cfg.benchmark_root, protocol=cfg.protocol, any_version=cfg.any_version
+        )
+    ]
+
+
+def sharded(cfg: DictConfig) -> bool:
+    """Whether the trainer keeps a piece of the weights on each device."""
+    return any(word in str(cfg.trainer.strategy) for word in ("stage_3", "fsdp"))
+
+
 def stage(
     cfg: DictConfig,
     run: Run,
@@ -126,9 +160,9 @@ def stage(
         build.pretrained(model, cfg)
 
     from_words = cfg.recipe.start == "words" and not before
-    sharded = any(word in str(cfg.trainer.strategy) for word in ("stage_3", "fsdp"))  # every device must run the tower
     vision_rates = [r for s in cfg.strategy.values() for part, r in s.rates.items() if part.startswith("vision")]
-    if cfg.recipe.cache_features and not sharded and all(rate is None for rate in vision_rates):
+    # Of sharded weights every device must run the tower.
+    if cfg.recipe.cache_features and not sharded(cfg) and all(rate is None for rate in vision_rates):
         more = sorted(map(str, (files.root / "pictures").glob("*.jpg"))) if from_words else []
         cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
     facts: dict = {}
@@ -151,13 +185,17 @@ def stage(
         name=name,
         held_out=collate(held_out, words.pad_id) if held_out else None,
     )
+    watching = []
+    if metrics := validation(cfg, files):
+        answering = build.asking(cfg, words, lambda: model) | {"batch_size": 32, "max_new_tokens": 32}
+        watching = [Validation(metrics, cfg.val_every, precision=autocast or torch.float32, **answering)]
     trainer = L.Trainer(
         **{k: v for k, v in trainer_arguments.items() if k != "_target_"},
         max_epochs=recipe.epochs,
         accumulate_grad_batches=loader.accumulation,
         gradient_clip_val=cfg.recipe.clip,
         logger=[CSVLogger(run.folder, name=name, version=""), *([wandb] if wandb else [])],
-        callbacks=[Bar(name)],
+        callbacks=[Bar(name), *watching],
         default_root_dir=run.folder,
     )
     trainer.fit(module, loader)
@@ -280,6 +318,44 @@ class Bar(TQDMProgressBar):
         self.train_progress_bar.set_description(
             f"{self.stage}, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
         )
+
+
+class Validation(Callback):
+    """Every so many optimizer steps the model answers a part of the benchmarks: `val/<benchmark>`, `val/<benchmark>_items`, `val/avg`.
+
+    On several devices each answers its part. Training does not notice: nothing is drawn by lot, and no gradient is touched.
+
+    Args:
+        metrics: one a benchmark.
+        every: optimizer steps.
+        precision: what the model computes in.
+        loop: the other arguments of `validate`.
+    """
+
+    def __init__(
+        self, metrics: Sequence[BenchmarkMetric], every: int, *, precision: torch.dtype = torch.float32, **loop: Any
+    ) -> None:
+        self.metrics, self.every, self.done = metrics, every, 0
+        self.loop = loop | {"precision": str(precision).removeprefix("torch.")}
+        self.features: dict = {}
+
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        step = trainer.global_step
+        if step % self.every or step == self.done:  # a step's other micro-batches come here, too
+            return
+        self.done = step
+        frozen = not any(p.requires_grad for p in module.model.vision.parameters())
+        values = validate(
+            module.model,
+            [metric.to(module.device) for metric in self.metrics],
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
+            features=self.features if frozen else None,
+            **self.loop,
+        )
+        for logger in trainer.loggers:
+            # Lightning counts rows from 0: beside the loss of the same step.
+            logger.log_metrics({f"val/{key}": value for key, value in values.items()}, step=step - 1)
 
 
 def quiet() -> None:

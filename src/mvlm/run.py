@@ -34,6 +34,8 @@ MACHINE_KEYS = (
     "logger",
     "evaluate",
     "controls",
+    "val_every",
+    "val_items",
     "benchmark",
     "benchmark_root",
     "protocol",

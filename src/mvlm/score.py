@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
@@ -18,8 +18,8 @@ from rich.table import Table
 from mvlm import build
 from mvlm.benchmark.base import Benchmark, Protocol
 from mvlm.benchmark.evaluate import answers_file, evaluate
+from mvlm.benchmark.ranks import ranks
 from mvlm.data.corpus import Corpus
-from mvlm.data.image import Pictures
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.page import CONTROLS, Shown, page
@@ -79,7 +79,7 @@ def opened(
 
 def run(
     run: Run,
-    model: MobileVLM,
+    model: Callable[[], MobileVLM],
     files: Corpus,
     words: Tokenizer,
     chosen: DictConfig,
@@ -90,35 +90,45 @@ def run(
     any_version: bool = False,
     batch_size: int = 32,
     max_new_tokens: int = 32,
+    precision: str = "auto",
+    device: str = "auto",
+    again: bool = False,
+    flips: bool = False,
 ) -> dict[str, Any]:
     """Answer, score, print, and write results.json and index.html (results-harness.json and index-harness.html).
 
+    Of several processes each answers its part, and one writes.
+
     Args:
+        model: builds the model; not called if every answer is stored already.
         folder, protocol, any_version: see `opened`.
+        again, flips: see `evaluate`.
     """
     cfg = run.config
     found = opened(cfg, chosen, files, folder=folder, protocol=protocol, any_version=any_version)
-    talk = build.talk(cfg)
-    if build.autocast_type(build.precision("auto")) == torch.bfloat16:
-        model = model.to(torch.bfloat16)  # once; autocast would convert the weights again for every batch
-    pictures = build.pictures(cfg, "finetune")
+
+    @cache
+    def ready() -> MobileVLM:
+        # In its type once; autocast would convert the weights again for every batch.
+        return model().to(build.device(device), build.autocast_type(build.precision(precision)))
+
     results = evaluate(
-        model,
+        ready,
         found,
         run.folder / "answers",
         controls=list(controls),
+        again=again,
+        flips=flips,
         max_new_tokens=max_new_tokens,
-        encode_prompt=lambda text, seen: talk.prompt(text, words, image_tokens=model.image_tokens, has_image=seen),
-        decode=words.decode,
-        pictures=pictures,
-        cropped=Pictures(pictures.size, "square", pictures.mean, pictures.std) if pictures.mode == "pad" else None,
-        stop_ids=talk.stop_ids(words),
         batch_size=batch_size,
         features={},
+        **build.asking(run.config, words, ready),
     )
     results["model"] = run.folder.name
     results["corpus"] = str(folder or files.benchmarks)
     results["generated"] = is_generated(cfg, folder)
+    if ranks()[0] > 0:
+        return results
     write_json(run.folder / f"results{beside(results)}.json", results)
     (run.folder / f"index{beside(results)}.html").write_text(page_of(run, results, found), encoding="utf-8")
     show(results, run)
@@ -159,6 +169,9 @@ def show(results: dict[str, Any], run: Run) -> None:
     gaps = [results["avg"]["none"] - results["avg"][c] for c in views[1:] if results["avg"]["none"] is not None]
     if gaps and min(gaps) < 5:
         Console().print("[yellow]The true picture gains it less than 5 points: this model has not learned to see.[/]")
+    if flips := results.get("flips"):
+        flipped, items = (sum(told[key] for told in flips.values()) for key in ("flipped", "items"))
+        Console().print(f"answered one at a time, {flipped} of {items} answers come out otherwise")
     Console().print(f"look at {run.folder / f'index{beside(results)}.html'}")
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 
 import pytest
+import torch
 
 from mvlm.benchmark.base import Question
 from mvlm.benchmark.evaluate import answer_all, average, evaluate, stored
@@ -69,6 +70,7 @@ def test_all_six_with_both_controls(tmp_path, model, loop, six):
         values = [results["benchmarks"][benchmark.name][view]["value"] for benchmark in six]
         assert results["avg"][view] == pytest.approx(sum(values) / 6)
     assert results["benchmarks"]["gqa"]["none"]["cut"] > 0, "random weights seldom stop within four words"
+    assert results["benchmarks"]["gqa"]["none"]["precision"] == {"float32": 4}
     assert len(list(folder.iterdir())) == 18
     # Everything is stored: scoring again asks no model, and gives the same.
     assert evaluate(None, six, folder, controls=["blind", "shuffled"]) == results
@@ -123,6 +125,109 @@ def test_the_average_of_the_paper():
     assert average({"gqa": 1.0}) is None
 
 
+def test_a_model_is_built_only_if_a_question_needs_it(tmp_path, model, loop, six):
+    built = []
+
+    def build():
+        built.append(1)
+        return model
+
+    results = evaluate(build, six[:2], tmp_path / "answers", max_new_tokens=3, **loop)
+    assert built == [1], "once for all benchmarks"
+    assert evaluate(build, six[:2], tmp_path / "answers", max_new_tokens=3, **loop) == results
+    assert built == [1], "and not at all where every answer is stored"
+
+
+def test_again_answers_anew_and_deletes_nothing(tmp_path, model, loop, six, caplog):
+    gqa, sqa = six[:2]
+    folder = tmp_path / "answers"
+    settings = loop | {"max_new_tokens": 3, "controls": ["blind"], "flips": True}
+    evaluate(model, [gqa, sqa], folder, **settings)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "gqa.rank1.jsonl").write_text("left by another process\n")
+    again = settings | {"decode": lambda ids: "other", "again": True}
+    with caplog.at_level(logging.WARNING):
+        evaluate(model, [gqa], folder, **again)
+    assert f"4 files of earlier answers are kept in {folder / 'before-1'}" in caplog.text
+    kept = {path.name: path.read_bytes() for path in (folder / "before-1").iterdir()}
+    assert kept.pop("gqa.rank1.jsonl")
+    assert kept == {name: before[name] for name in ("gqa.jsonl", "gqa-blind.jsonl", "gqa-single.jsonl")}
+    assert {line["text"] for line in stored(folder / "gqa.jsonl", gqa.questions()).values()} == {"other"}
+    assert (folder / "sqa.jsonl").read_bytes() == before["sqa.jsonl"], "other benchmarks' answers stay"
+    evaluate(model, [gqa], folder, **again)
+    assert {path.name for path in (folder / "before-2").iterdir()} == set(kept)
+    assert evaluate(None, [gqa], folder)["benchmarks"]["gqa"]["none"]["items"] == 4
+
+
+def test_flips_are_counted_and_told(tmp_path, tiny, loop, six):
+    """None in float32. An answer changed by hand is found, so the count counts."""
+    folder, settings = tmp_path / "answers", loop | {"max_new_tokens": 6, "flips": True}
+    results = evaluate(tiny.model(), six[:2], folder, **settings)
+    assert results["flips"] == {
+        name: {"flipped": 0, "items": 4, "precision": {"float32": 8}} for name in ("gqa", "sqa")
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "gqa-single.jsonl").read_text().splitlines()]
+    lines[2]["text"] += " otherwise"
+    (folder / "gqa-single.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = evaluate(None, six[:2], folder, flips=True)
+    assert again["flips"]["gqa"]["flipped"] == 1 and again["flips"]["sqa"]["flipped"] == 0
+    assert again["benchmarks"] == results["benchmarks"], "the score is that of the batched answers"
+    half = evaluate(tiny.model().to(torch.bfloat16), six[:1], tmp_path / "half", **settings | {"features": {}})
+    assert half["flips"]["gqa"]["precision"] == {"bfloat16": 8}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_leave_the_files_of_one(tmp_path, tiny, loop, six, together, count):
+    settings = {"controls": ["blind", "shuffled"], "max_new_tokens": 4, "batch_size": 3}
+    alone = evaluate(tiny.model(), six, tmp_path / "alone", **settings, **loop)
+
+    def work(rank: int):
+        pictures, model = tiny.Pixels(), tiny.model()
+        results = evaluate(model, six, tmp_path / "shared", **settings, **loop | {"pictures": pictures, "features": {}})
+        assert set(pictures.opened.values()) == {1}, "each picture once for all views"
+        return results, sorted(pictures.opened)
+
+    told = together(count, work)
+    assert [results for results, _ in told] == [alone] * count
+    opened = [picture for _, pictures in told for picture in pictures]
+    assert len(opened) == len(set(opened)) == len(loop["pictures"].opened), "and by one process only"
+    files = {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()}
+    assert len(files) == 18
+    assert {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()} == files
+
+
+def test_a_failing_process_stops_all_and_loses_nothing(tmp_path, tiny, loop, together):
+    """Two processes, one meets an unreadable picture: it tells so, the other ends too, and one process goes on from both parts."""
+    path, settings = tmp_path / "x.jsonl", loop | {"max_new_tokens": 3, "batch_size": 1}
+    questions = [*QUESTIONS, Question("8", "torn", b"torn", None)]  # the fourth picture: dealt to the second process
+
+    def broken(picture):
+        if picture.getvalue() == b"torn":
+            raise ValueError("it is torn")
+        return loop["pictures"](picture)
+
+    def work(rank: int):
+        return len(answer_all(tiny.model(), questions, path, title="", **settings | {"pictures": broken}))
+
+    first, second = map(str, together(2, work))
+    assert "ValueError" in second and "question 8" in second
+    assert first.startswith("RuntimeError") and "ank 1" in first, first
+    done = {file.name: len(file.read_text().splitlines()) for file in tmp_path.glob("x*.jsonl")}
+    assert done["x.jsonl"] == 5, "all questions on the first and the third picture"
+    asked = []
+
+    def counted(ids):
+        asked.append(ids)
+        return loop["decode"](ids)
+
+    told = answer_all(tiny.model(), questions, path, title="", **settings | {"decode": counted})
+    assert len(asked) == 9 - sum(done.values()), "nothing is asked twice"
+    assert list(told) == [q.id for q in questions]
+    assert [file.name for file in tmp_path.glob("x*.jsonl")] == ["x.jsonl"]
+    whole = answer_all(tiny.model(), questions, tmp_path / "whole.jsonl", title="", **settings)
+    assert whole == told
+
+
 QUESTIONS = [Question(str(k), "abcdefgh"[: k + 1], f"picture {k % 3}".encode()[::-1], None) for k in range(8)]
 
 
@@ -156,6 +261,7 @@ def test_interrupted_and_gone_on_with_is_the_same(tmp_path, model, loop, caplog,
         again = answer_all(model, QUESTIONS, path, title="", **(settings | {"decode": counted}))
     assert "part.jsonl ends within a line" in caplog.text
     assert again == whole
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(told) == 5, "three of eight were there already"
     assert stored(path, QUESTIONS) == whole
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from mvlm import build
+from mvlm import build, score
 from mvlm.benchmark.answer import answers
 from mvlm.benchmark.base import Question
 from mvlm.data.image import Pictures
@@ -68,9 +68,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     precision = cfg.precision if cfg.precision != "auto" else "bfloat16" if half else "float32"
     model = model.to(getattr(torch, precision)).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    folder = cfg.benchmark_root or build.corpus(whole).benchmarks
-    found = instantiate(OmegaConf.create({"benchmark": cfg.benchmark, "benchmark_root": str(folder)}).benchmark)
-    questions = [q for benchmark in found.values() for q in benchmark.questions()[: cfg.questions]]
+    folder = Path(cfg.benchmark_root or build.corpus(whole).benchmarks)
+    found = score.benchmarks(cfg.benchmark, folder)
+    questions = [q for benchmark in found for q in benchmark.questions()[: cfg.questions]]
     common = {
         "encode_prompt": lambda text, seen: talk.prompt(text, words, image_tokens=model.image_tokens, has_image=seen),
         "decode": words.decode,
@@ -97,7 +97,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     middle = {way: sorted(some)[len(some) // 2] for way, some in seconds.items()}
     flips = [q.id for q in questions if said[ours][q.id] != said[peer][q.id]]
     measured = {
-        "what": f"{len(questions)} questions of {', '.join(found)}, {precision}, "
+        "what": f"{len(questions)} questions of {', '.join(b.name for b in found)}, {precision}, "
         + (f"run {trained.folder.name}" if trained else "pretrained parts, projector untrained"),
         "questions": len(questions),
         "pictures": len({q.image for q in questions}),

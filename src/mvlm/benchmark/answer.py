@@ -64,11 +64,13 @@ def answers(
     precision: str = "float32",
     features: MutableMapping[Picture, Tensor] | None = None,
     skip: Container[str] = (),
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Answer]:
     """Answers to the questions, in an order of the loop's own: of like length together.
 
     Args:
-        model: on the device it shall run on. Put into eval mode, and back at the end.
+        model: on the device it shall run on. Put into eval mode, and each module back into its own at the end.
         encode_prompt: (text, whether there is a picture) -> ids of the prompt, IMAGE_TOKEN at the picture's places.
         decode: ids -> text, special tokens skipped.
         pictures: file or opened file -> (3, S, S).
@@ -80,15 +82,15 @@ def answers(
             another benchmark on the same pictures) need not encode them again.
         skip: ids of questions that are answered already. They still lend their pictures to `shuffled`, so that an
             interrupted evaluation goes on with the same ones.
+        rank, ranks: of `ranks` processes this one answers its own part alone: all that is asked about every `ranks`-th
+            picture, so that no picture is encoded by two.
 
     Raises:
         ValueError: a picture cannot be read; `shuffled` has no other picture to show; an unknown control or precision.
     """
-    shown = _shown(questions, control)
+    shown = zip(questions, _shown(questions, control), strict=True)
     asked = []
-    for question, picture in zip(questions, shown, strict=True):
-        if question.id in skip:
-            continue
+    for question, picture in _dealt(questions, [one for one in shown if one[0].id not in skip], rank, ranks):
         ids = encode_prompt(question.text, picture is not None)
         cut = len(ids) - ids[::-1].index(IMAGE_TOKEN) if IMAGE_TOKEN in ids else 0
         asked.append(_Asked(question, picture, tuple(ids[:cut]), ids[cut:]))
@@ -96,7 +98,7 @@ def answers(
     if precision not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"precision is float32, bfloat16 or float16, not {precision!r}")
     autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
-    stop, trained = frozenset(stop_ids), model.training
+    stop, training = frozenset(stop_ids), [module for module in model.modules() if module.training]
     model.eval()
     try:
         for group in _groups(asked, batch_size):
@@ -111,7 +113,8 @@ def answers(
                 for one, (ids, stopped) in zip(batch, said, strict=True):
                     yield Answer(one.question, decode(ids).strip(), stopped)
     finally:
-        model.train(trained)
+        for module in training:  # one by one: whoever trains the model may keep some of them in eval mode
+            module.training = True
 
 
 def _shown(questions: Sequence[Question], control: Control) -> list[Picture | None]:
@@ -145,6 +148,20 @@ def _others(questions: Sequence[Question]) -> dict[Picture, Picture]:
         )
     following = dict(zip(ring, ring[1:] + ring[:1], strict=True))
     return {picture: first[following[digest]] for picture, digest in content.items()}
+
+
+def _dealt(
+    questions: Sequence[Question], asked: Sequence[tuple[Question, Picture | None]], rank: int, ranks: int
+) -> list[tuple[Question, Picture | None]]:
+    """Those of the asked (question, shown picture) that are this process' part.
+
+    Pictures are dealt in the order in which the benchmark first shows them, under every control: so the shuffled pictures of a
+    process are those that it encoded before. Questions without a picture are dealt one by one.
+    """
+    number = {picture: place for place, picture in enumerate(dict.fromkeys(q.image for q in questions))}
+    keys = [number[p] if p is not None else len(number) + place for place, (_, p) in enumerate(asked)]
+    mine = set(sorted(set(keys))[rank::ranks])
+    return [one for one, key in zip(asked, keys, strict=True) if key in mine]
 
 
 def _groups(asked: Iterable[_Asked], size: int) -> Iterator[list[list[_Asked]]]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from torch import nn
 
 from mvlm.benchmark.answer import Control, answers
 from mvlm.benchmark.base import Benchmark, Question
+from mvlm.benchmark.ranks import from_first, meet, ranks
 from mvlm.model.mobilevlm import MobileVLM
 
 AVERAGED = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench")
@@ -27,28 +32,33 @@ def average(values: Mapping[str, float]) -> float | None:
 
 
 def evaluate(
-    model: MobileVLM | None,
+    model: MobileVLM | Callable[[], MobileVLM] | None,
     benchmarks: Iterable[Benchmark],
     folder: Path,
     *,
     controls: Sequence[Control] = (),
-    max_new_tokens: int | None = None,
-    cropped: Any = None,
+    again: bool = False,
+    flips: bool = False,
     **loop: Any,
 ) -> dict[str, Any]:
     """Answers what is not answered yet, then scores everything.
 
+    Under torch.distributed every process calls it and answers its part; all of them return the same.
+
     Args:
-        model: None if all answers are stored already: scoring them again needs no model.
-        folder: of the stored answers, see `answers_file`. They say nothing of the model: one folder a model.
+        model: or what builds it, which is done when the first question needs it; None if all answers are stored already:
+            scoring them again needs no model.
+        folder: of the stored answers, see `answers_file`. They say nothing of the model: one folder a model. All processes
+            must see it.
         controls: `blind` and `shuffled`, each asked beside the true pictures.
-        max_new_tokens: below the benchmark's own limit, to save time; how many answers it cut is in the result.
-        cropped: replaces `pictures` for benchmarks whose pictures the reference crops, if they are padded elsewhere.
-        loop: the other arguments of `answers`.
+        again: set the stored answers to these questions aside (see `set_aside`) and answer anew.
+        flips: answer the true pictures' questions one at a time, too (NAME-single.jsonl), and count the answers that differ.
+        loop: the arguments of `own_loop`.
 
     Returns:
-        {"protocol": ..., "benchmarks": {name: {view: score and "cut"}}, "avg": {view: Avg or None}} in plain types; a
-        view is `none` or a control.
+        {"protocol": ..., "benchmarks": {name: {view: score, "cut" and "precision"}}, "avg": {view: Avg or None}} in plain
+        types; a view is `none` or a control, and "precision" the number of answers by what the model computed in. With
+        `flips` also "flips": {name: {"flipped", "items", "precision"}}.
 
     Raises:
         ValueError: the benchmarks are of several protocols, or what `answers` and the benchmarks say.
@@ -58,63 +68,158 @@ def evaluate(
     if len(protocols) > 1:
         told = ", ".join(f"{name} protocol={protocol}" for protocol, name in protocols.items())
         raise ValueError(f"scores of different protocols make no common average, and here is {told}")
+    if model is not None and not isinstance(model, nn.Module):
+        model = cache(model)
     views: list[Control] = ["none", *controls]
-    results: dict[str, dict[str, Any]] = {}
     for benchmark in benchmarks:
-        questions = benchmark.questions()
-        own = dict(loop)
-        if benchmark.crops and cropped is not None:
-            own |= {"pictures": cropped, "features": {}}
-        elif own.get("features") is None:
-            own["features"] = {}  # the controls show the same pictures
-        own["max_new_tokens"] = min(benchmark.max_new_tokens, max_new_tokens or benchmark.max_new_tokens)
-        results[benchmark.name] = {}
+        answers_file(folder, benchmark).parent.mkdir(parents=True, exist_ok=True)
+    if again:
+        files = [answers_file(folder, b, view) for b in benchmarks for view in (*views, "single")]
+        from_first(partial(set_aside, files))
+    results: dict[str, dict[str, Any]] = {}
+    differing: dict[str, Any] = {}
+    for benchmark in benchmarks:
+        questions, name = benchmark.questions(), benchmark.name
+        ask = partial(answer_all, model, questions, **own_loop(benchmark, **loop))
+        told = {}
         for view in views:
             path = answers_file(folder, benchmark, view)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = answer_all(model, questions, path, title=f"{benchmark.name} {view}", control=view, **own)
-            score = benchmark.score({key: line["text"] for key, line in lines.items()})
-            cut = sum(not line["stopped"] for line in lines.values())
-            results[benchmark.name][view] = score.as_dict() | {"cut": cut}
+            told[view] = ask(path, title=f"{name} {view}", control=view)
+        results[name] = {view: _scored(benchmark, lines) for view, lines in told.items()}
+        if flips:
+            alone = {"batch_size": 1, "features": {}}  # its picture, too, is encoded alone
+            single = ask(answers_file(folder, benchmark, "single"), title=f"{name} one at a time", **alone)
+            differing[name] = {
+                "flipped": sum(single[key]["text"] != line["text"] for key, line in told["none"].items()),
+                "items": len(single),
+                "precision": _precisions([*single.values(), *told["none"].values()]),
+            }
     avg = {view: average({name: scores[view]["value"] for name, scores in results.items()}) for view in views}
-    return {"protocol": next(iter(protocols), None), "benchmarks": results, "avg": avg}
+    scored = {"protocol": next(iter(protocols), None), "benchmarks": results, "avg": avg}
+    return scored | ({"flips": differing} if flips else {})
 
 
-def answers_file(folder: Path, benchmark: Benchmark, view: Control = "none") -> Path:
-    """NAME.jsonl or NAME-CONTROL.jsonl; of any protocol but the paper's in a folder of its own, since an answer to the
-    same words may have been given under another limit."""
+def answers_file(folder: Path, benchmark: Benchmark, view: str = "none") -> Path:
+    """NAME.jsonl or NAME-VIEW.jsonl; of any protocol but the paper's in a folder of its own, since an answer to the same
+    words may have been given under another limit."""
     folder = folder if benchmark.protocol == "paper" else folder / benchmark.protocol
     return folder / (f"{benchmark.name}.jsonl" if view == "none" else f"{benchmark.name}-{view}.jsonl")
 
 
+def own_loop(
+    benchmark: Benchmark, *, max_new_tokens: int | None = None, cropped: Any = None, **loop: Any
+) -> dict[str, Any]:
+    """The arguments of `answers` for one benchmark: its limit, its way with pictures, and features kept for its controls.
+
+    Args:
+        max_new_tokens: below the benchmark's own limit, to save time; how many answers it cut is in the result.
+        cropped: replaces `pictures` for benchmarks whose pictures the reference crops, if they are padded elsewhere.
+        loop: the other arguments.
+    """
+    if benchmark.crops and cropped is not None:
+        loop |= {"pictures": cropped, "features": {}}
+    elif loop.get("features") is None:
+        loop["features"] = {}
+    return loop | {"max_new_tokens": min(benchmark.max_new_tokens, max_new_tokens or benchmark.max_new_tokens)}
+
+
+def _scored(benchmark: Benchmark, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    score = benchmark.score({key: line["text"] for key, line in lines.items()})
+    cut = sum(not line["stopped"] for line in lines.values())
+    return score.as_dict() | {"cut": cut, "precision": _precisions(lines.values())}
+
+
+def _precisions(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    return dict(Counter(line.get("precision", "not told") for line in lines))
+
+
 def answer_all(
-    model: MobileVLM | None, questions: Sequence[Question], path: Path, *, title: str, **loop: Any
+    model: MobileVLM | Callable[[], MobileVLM] | None,
+    questions: Sequence[Question],
+    path: Path,
+    *,
+    title: str,
+    **loop: Any,
 ) -> dict[str, dict[str, Any]]:
     """Every question's line of a file of answers; those not there yet are answered and appended one by one.
 
+    Of several processes each but the first appends to a file of its own beside `path`, and the first puts all in one when
+    they are through, or at the next call, by however many processes.
+
     Args:
-        path: JSON lines {id, prompt, text, stopped}.
+        model: see `evaluate`.
+        path: JSON lines {id, prompt, text, stopped, precision}.
         title: for the progress bar.
         loop: arguments of `answers`.
 
     Returns:
-        The lines by id.
+        The lines by id, in the order of the questions.
     """
-    lines = stored(path, questions)
+    rank, count = ranks()
+    lines = from_first(partial(collected, path, questions))
     missing = len(questions) - len(lines)
     if not missing:
         return lines
     if model is None:
         raise ValueError(f"{missing} of {len(questions)} questions have no answer in {path}, and no model was given")
-    with path.open("a", encoding="utf-8") as file, _progress() as progress:
+    model = model if isinstance(model, nn.Module) else model()
+    precision = loop.get("precision", "float32")
+    if precision == "float32":  # as it is
+        precision = str(next(model.parameters()).dtype).removeprefix("torch.")
+    with ExitStack() as stack:
+        file = stack.enter_context(_part(path, rank).open("a", encoding="utf-8"))
+        meet()  # all files are there
+        others = [stack.enter_context(_part(path, r).open("rb")) for r in range(1, count) if rank == 0]
+        progress = stack.enter_context(_progress(disable=rank > 0))
         task = progress.add_task(title, total=missing)
-        for question, text, stopped in answers(model, questions, skip=frozenset(lines), **loop):
+        for question, text, stopped in answers(model, questions, skip=frozenset(lines), rank=rank, ranks=count, **loop):
             line = {"id": question.id, "prompt": question.text, "text": text, "stopped": stopped}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(_line(line | {"precision": precision}))
             file.flush()
-            lines[question.id] = line
-            progress.advance(task)
+            progress.advance(task, 1 + sum(other.read().count(b"\n") for other in others))
+        meet()
+        progress.update(task, completed=missing)
+    return from_first(partial(collected, path, questions))
+
+
+def _part(path: Path, rank: int) -> Path:
+    """Where a process appends its answers: the first to the file itself."""
+    return path.with_name(f"{path.stem}.rank{rank}.jsonl") if rank else path
+
+
+def _line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def collected(path: Path, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
+    """The stored lines by id, in the order of the questions; and the file left in that order, the other processes' in it.
+
+    So a complete file is the same, however many processes answered, in whatever batches, with whatever interruptions.
+    """
+    parts = sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))
+    found: dict[str, dict[str, Any]] = {}
+    for part in [path, *parts]:
+        found = stored(part, questions) | found
+    lines = {q.id: found[q.id] for q in questions if q.id in found}
+    if parts or list(found) != list(lines):
+        aside = path.with_name(path.name + ".part")
+        aside.write_text("".join(map(_line, lines.values())), encoding="utf-8")
+        aside.replace(path)
+        for part in parts:
+            part.unlink()
     return lines
+
+
+def set_aside(files: Sequence[Path]) -> None:
+    """Move files of answers, all of one folder, into the first free of `before-1`, `before-2`, ... there: nothing is deleted."""
+    whole = [some for file in files for some in (file, *file.parent.glob(f"{file.stem}.rank*.jsonl")) if some.exists()]
+    if whole:
+        folder = whole[0].parent
+        kept = next(place for number in range(1, 10_000) if not (place := folder / f"before-{number}").exists())
+        kept.mkdir()
+        for file in whole:
+            file.rename(kept / file.name)
+        log.warning("%d files of earlier answers are kept in %s", len(whole), kept)
 
 
 def stored(path: Path, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
@@ -159,5 +264,6 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f} a second" if task.speed else "")
 
 
-def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+def _progress(disable: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, disable=disable)

@@ -1,0 +1,72 @@
+"""Validation while a stage trains: seen by the loggers, not by the training; refused where it cannot be."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from mvlm import build, fit
+from mvlm.benchmark.metric import BenchmarkMetric
+from mvlm.run import Run
+
+
+def train(configure, folder: Path, *words: str) -> tuple[list[dict], list[dict[str, str]]]:
+    """The second stage alone, with dropout in its adapters: the history and the rows of metrics.csv."""
+    cell = f"c{len(list(folder.iterdir()))}"
+    cfg = configure(
+        "model=nano", "strategy=lora", "trainer=cpu", "trainer.precision=32-true", f"runs={folder}", f"cell={cell}", *words
+    )  # fmt: skip
+    L.seed_everything(0, verbose=False)
+    run, files, text = Run.open(cfg), build.corpus(cfg), build.tokenizer(cfg)
+    model = build.model(cfg)
+    data = {"pretrain": None, "finetune": build.mixture(cfg, "finetune", files, text, model.image_tokens)}
+    fit.stage(cfg, run, "finetune", model, data, files, text)
+
+    history = json.loads((run.folder / "finetune" / "stage.json").read_text())["history"]
+    with (run.folder / "finetune" / "metrics.csv").open() as file:
+        return history, list(csv.DictReader(file))
+
+
+def test_validation_is_logged_and_changes_no_loss(configure, tmp_path: Path) -> None:
+    """Bit for bit, on one thread: a draw by lot, a mode or a gradient left changed would show in the dropout or in the weights."""
+    plain, _ = train(configure, tmp_path)
+    watched, rows = train(configure, tmp_path, "val_every=2", "val_items=4")
+    assert watched == plain and len(plain) == 5
+    told = [row for row in rows if row.get("val/avg")]
+    assert [int(row["step"]) + 1 for row in told] == [2, 4], "once a step, not a micro-batch"
+    six = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench")
+    for row in told:
+        assert float(row["val/avg"]) == pytest.approx(sum(float(row[f"val/{name}"]) for name in six) / 6)
+        assert all(float(row[f"val/{name}_items"]) >= 4 for name in six)
+
+
+def test_no_average_without_all_six(configure, tmp_path: Path) -> None:
+    _, rows = train(configure, tmp_path, "val_every=5", "val_items=3", "benchmark=[pope,gqa]")
+    told = [row for row in rows if row.get("val/pope")]
+    assert told and all(row["val/gqa_items"] and "val/avg" not in row for row in told)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["val_every=0"], "val_every=0 and val_items=64 count optimizer steps and questions: at least 1"),
+        (["val_every=5", "val_items=0"], "val_items=0"),
+        (["val_every=5", "trainer.strategy=deepspeed_stage_3"], "keeps a piece of the weights on each device"),
+        (["val_every=5", "benchmark_root=/nowhere"], "/nowhere/gqa"),
+    ],
+)
+def test_validation_that_cannot_be_is_refused(configure, words: list[str], told: str) -> None:
+    cfg = configure("model=nano", *words)
+    with pytest.raises(ValueError, match=told):
+        fit.validation(cfg, build.corpus(cfg))
+
+
+def test_it_is_off_by_default(configure) -> None:
+    cfg = configure("model=nano")
+    assert fit.validation(cfg, build.corpus(cfg)) == []
+    (one,) = fit.validation(configure("model=nano", "val_every=5", "benchmark=[pope]"), build.corpus(cfg))
+    assert isinstance(one, BenchmarkMetric)
