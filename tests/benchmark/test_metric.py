@@ -51,6 +51,7 @@ def test_it_is_the_benchmarks_own_score(pope, said):
     }  # fmt: skip
     assert pickle.loads(pickle.dumps(metric)).compute() == metric.compute()
     metric.reset()
+    metric.update([], [])
     with pytest.raises(ValueError, match="12 of 12 questions have no answer"):
         metric.compute()
 
