@@ -33,8 +33,7 @@ def main(cfg) -> None:
             if data[stage] is not None and not run.finished(stage):
                 fit.stage(cfg, run, stage, model, data, files, words, wandb)
         if cfg.evaluate and rank_zero_only.rank == 0:  # of several processes one answers the questions
-            results = score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls)
-            score.log(results, wandb)
+            score.run(run, build.trained(run), files, words, cfg.benchmark, cfg.controls, wandb=wandb)
 
 
 if __name__ == "__main__":

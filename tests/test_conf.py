@@ -24,8 +24,8 @@ def test_all_yaml_files_are_covered_here() -> None:
     assert set(GROUPS) == {
         "benchmark", "corpus", "data", "logger", "model", "projector", "recipe", "strategy", "trainer",
     }  # fmt: skip
-    assert {p.stem for p in CONF.glob("*.yaml")} == {"train", "evaluate", "chat", "plan", "doctor"}
-    assert sum(1 for _ in CONF.rglob("*.yaml")) == sum(map(len, GROUPS.values())) + 5
+    assert {p.stem for p in CONF.glob("*.yaml")} == {"train", "evaluate", "report", "chat", "plan", "doctor"}
+    assert sum(1 for _ in CONF.rglob("*.yaml")) == sum(map(len, GROUPS.values())) + 6
 
 
 @pytest.mark.parametrize("model", GROUPS["model"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvlm import build, fit
+from mvlm import build, fit, score
 from mvlm.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +64,20 @@ def test_a_run_folder_holds_the_whole_story(trained: Run) -> None:
     assert list(trained.folder.glob("wandb/offline-run-*")), "W&B ran offline"
 
 
+def test_w_and_b_holds_predictions_with_pictures(trained: Run) -> None:
+    (file,) = trained.folder.glob("wandb/offline-run-*/files/media/table/predictions*.table.json")
+    table = json.loads(file.read_text())
+    results = json.loads((trained.folder / "results.json").read_text())
+    items = [len(views["none"]["per_question"]) for views in results["benchmarks"].values()]
+    assert len(table["data"]) == sum(min(score.LOGGED, count) for count in items)
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    for row in rows:
+        assert row["picture"]["_type"] == "image-file" and isinstance(row["answer, another picture"], str)
+    for name, views in results["benchmarks"].items():
+        marks = {row["id"]: row["mark, no picture"] for row in rows if row["benchmark"] == score.TITLES[name]}
+        assert marks == {key: views["blind"]["per_question"][key] for key in marks}
+
+
 def test_scores_of_six_benchmarks_and_two_controls(trained: Run) -> None:
     results = json.loads((trained.folder / "results.json").read_text())
     assert set(results["benchmarks"]) == {"gqa", "sqa", "textvqa", "pope", "mme", "mmbench"}
@@ -74,9 +88,10 @@ def test_scores_of_six_benchmarks_and_two_controls(trained: Run) -> None:
 
 
 def test_the_page_is_self_contained(trained: Run) -> None:
-    page = (trained.folder / "index.html").read_text()
-    assert page.count("data:image/jpeg;base64,") >= 6
-    assert "http" not in page.replace("http-equiv", "")
+    for name in ("index.html", "wrong.html"):
+        page = (trained.folder / name).read_text()
+        assert page.count("data:image/jpeg;base64,") >= 6
+        assert "http" not in page
 
 
 def test_a_finished_command_is_not_done_again(shell, trained: Run) -> None:
@@ -106,6 +121,17 @@ def test_a_folder_of_another_configuration_is_refused(shell, trained: Run) -> No
 def test_evaluate_scores_again_without_answering(shell, trained: Run) -> None:
     done = shell("evaluate.py", f"run={trained.folder}", "benchmark=[pope]")
     assert "POPE" in done.stdout
+
+
+def test_report_compares_two_runs(shell, trained: Run) -> None:
+    """Here the run with itself, by its folder and by its file."""
+    words = f"compare=[{trained.folder},{trained.folder / 'results.json'}]"
+    done = shell("report.py", words, "out=compared")
+    assert "McNemar" in done.stdout
+    for name in ("report.json", "report.md", "index.html"):
+        assert (shell.folder / "compared" / name).stat().st_size > 0
+    told = shell("report.py", f"compare=[{trained.folder}]", ok=False).stderr
+    assert "name two run folders" in told and told.count("\n") == 1
 
 
 def test_chat_answers_about_a_picture(shell, trained: Run) -> None:

@@ -6,8 +6,9 @@ pretrain/        the model after the stage, in the released layout; stage.json: 
 finetune/        likewise
 wandb/           the offline W&B run; `wandb sync` sends it
 answers/         one JSON line a question, benchmark by benchmark
-results.json     the scores
-index.html       questions, pictures and answers to look at
+results.json     the scores, with the protocol, versions and commit that made them and a hash of the questions
+index.html       scores, questions, pictures and answers to look at
+wrong.html       the wrong answers, to be filtered
 """
 
 from __future__ import annotations

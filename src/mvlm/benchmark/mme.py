@@ -11,6 +11,7 @@ from mvlm.benchmark.base import (
     SHORT,
     Question,
     Score,
+    Sums,
     answered,
     interval,
     other_layout,
@@ -88,15 +89,17 @@ class MME:
             counts[row, PERCEPTION.index(one.group)] = both, 2, both == 2, 1
         detail = dict(zip(PERCEPTION, points(counts.sum(0)).tolist(), strict=True))
         total = sum(detail.values())
+        made_of = (
+            counts.reshape(len(counts), -1),
+            [one.image for one, _ in pairs],
+            lambda sums: points(sums.reshape(len(sums), len(PERCEPTION), 4)).sum(-1) / 20,
+        )
         return Score(
             value=total / 20,
             unit_value=total,
             items=len(questions),
             per_question=right,
             detail=detail | {"count neither yes nor no": list(answers.values()).count("other")},
-            interval=interval(
-                counts.reshape(len(counts), -1),
-                [one.image for one, _ in pairs],
-                lambda sums: points(sums.reshape(len(sums), len(PERCEPTION), 4)).sum(-1) / 20,
-            ),
+            interval=interval(*made_of),
+            sums=Sums.of(*made_of),
         )

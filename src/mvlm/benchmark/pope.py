@@ -12,6 +12,7 @@ from mvlm.benchmark.base import (
     SHORT,
     Question,
     Score,
+    Sums,
     answered,
     interval,
     other_layout,
@@ -78,13 +79,15 @@ class POPE:
             counts[row, SPLITS.index(q.group), 2 * (answer == "no") + (answer != q.truth)] = 1
         flat = counts.reshape(len(questions), -1)
         value = float(mean_f1(flat.sum(0)))
+        made_of = (flat, [q.image for q in questions], mean_f1)
         return Score(
             value=value,
             unit_value=value,
             items=len(questions),
             per_question={q.id: float(said(predictions[q.id]) == q.truth) for q in questions},
             detail=_detail(counts.sum(0)),
-            interval=interval(flat, [q.image for q in questions], mean_f1),
+            interval=interval(*made_of),
+            sums=Sums.of(*made_of),
         )
 
 
