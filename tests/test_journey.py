@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from mvlm import build, fit, score
+from mvlm.page import CONTROLS
 from mvlm.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,17 +67,20 @@ def test_a_run_folder_holds_the_whole_story(trained: Run) -> None:
 
 
 def test_w_and_b_holds_predictions_with_pictures(trained: Run) -> None:
-    (file,) = trained.folder.glob("wandb/offline-run-*/files/media/table/predictions*.table.json")
-    table = json.loads(file.read_text())
-    results = json.loads((trained.folder / "results.json").read_text())
-    items = [len(views["none"]["per_question"]) for views in results["benchmarks"].values()]
-    assert len(table["data"]) == sum(min(score.LOGGED, count) for count in items)
+    """Offline the table and its pictures wait in the run folder for `wandb sync`: nothing lies elsewhere."""
+    staged = [path.read_bytes() for path in trained.folder.glob("wandb/artifacts/staging/*")]
+    (table,) = map(json.loads, {content for content in staged if b'"mark, no picture"' in content})
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    for row in rows:
-        assert row["picture"]["_type"] == "image-file" and isinstance(row["answer, another picture"], str)
+    results = json.loads((trained.folder / "results.json").read_text())
     for name, views in results["benchmarks"].items():
-        marks = {row["id"]: row["mark, no picture"] for row in rows if row["benchmark"] == score.TITLES[name]}
-        assert marks == {key: views["blind"]["per_question"][key] for key in marks}
+        some = {row["id"]: row for row in rows if row["benchmark"] == score.TITLES[name]}
+        assert len(some) == min(score.LOGGED, len(views["none"]["per_question"]))
+        for view, title in CONTROLS.items():
+            got = {key: row[f"mark, {title}"] for key, row in some.items()}
+            assert got == {key: views[view]["per_question"][key] for key in got}
+    pictures = {row["picture"]["sha256"] for row in rows}
+    assert pictures == {sha256(content).hexdigest() for content in staged if content.startswith(b"\x89PNG")}
+    assert len(pictures) > 6
 
 
 def test_scores_of_six_benchmarks_and_two_controls(trained: Run) -> None:

@@ -23,9 +23,10 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --soft: #9aa8b5; --line: #33404c; --card: #1a232c; --page: #10171d; } }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto; max-width: 1120px; padding: 24px; }
 h1 { font-size: 24px; margin: 0; } h2 { font-size: 17px; margin: 32px 0 10px; } p { color: var(--soft); margin: 4px 0 0; max-width: 85ch; }
-table { border-collapse: collapse; background: var(--card); border-radius: 8px; overflow: hidden; }
+table { border-collapse: collapse; background: var(--card); border-radius: 8px; display: block; width: fit-content; max-width: 100%;
+  overflow-x: auto; }
 th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
-td { white-space: pre; } td:first-child { white-space: normal; }
+th, td { white-space: pre; } td:first-child { white-space: normal; }
 th:first-child, td:first-child { text-align: left; } tr:last-child td { font-weight: 600; border: 0; }
 .top { display: flex; gap: 24px; flex-wrap: wrap; align-items: flex-start; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 14px; }

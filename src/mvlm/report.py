@@ -296,15 +296,17 @@ def flip(item: Item) -> Shown:
 def told_apart(difference: float, again: np.ndarray, null: np.ndarray) -> dict[str, Any]:
     """Interval and test of a difference, from its bootstrap and its randomization."""
     low, high = np.quantile(again, [0.025, 0.975])
-    return {"interval": [float(low), float(high)], "p": p_value(difference, null), "test": "exchange"}
+    return {"interval": [float(low), float(high)], "p": p_value(difference, null), "test": "swap"}
 
 
 def benchmark(name: str, root: str | Path) -> Benchmark:
     """A benchmark by the name of its page in conf/benchmark.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or there is no folder of benchmark files.
     """
+    if not Path(root).is_dir():
+        raise ValueError(f"no folder {root} of benchmark files is here: name it, benchmark_root=...")
     page = CONF / "benchmark" / f"{name}.yaml"
     if not page.is_file():
         raise ValueError(f"there is no conf/benchmark/{name}.yaml")
@@ -319,26 +321,30 @@ def caption(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"These are the answers with {CONTROLS[report['view']]}.")
     lines += [
         f"B - A in points (MME: points / 20), with the 95 % interval of a paired bootstrap over pictures ({report['draws']:,} draws).",
-        f"p is two-sided. Exchange: the runs' answers exchanged picture by picture at random ({report['draws']:,} draws). McNemar: "
+        f"p is two-sided. Swap: the runs' answers exchanged picture by picture at random ({report['draws']:,} draws). McNemar: "
         "exact, where each picture has one question that is right or wrong.",
-        f"{report['tests']} tests were made; Holm's p allows for that. Training seeds are in none of it: two seeds differ, too.",
-        f"{FELL}, {ROSE}: questions whose mark fell and rose; where marks are soft (TextVQA), by however little.",
+        f"{report['tests']} tests were made; Holm's p (under p) allows for that. Training seeds are in none of it: two seeds differ, too.",
+        f"Fell ({FELL}) and rose ({ROSE}): questions whose mark did, by however little where marks are soft (TextVQA).",
     ]
-    lines += [f"{TITLES.get(n, n)}: {e['note']}." for n, e in report["benchmarks"].items() if "note" in e]
-    return lines + [f"{TITLES.get(name, name)} not compared: {why}." for name, why in report["not_compared"].items()]
+    said = {name: entry["note"] for name, entry in report["benchmarks"].items() if "note" in entry}
+    said |= {name: f"not compared, {why}" for name, why in report["not_compared"].items()}
+    together: dict[str, list[str]] = {}
+    for name, note in said.items():
+        together.setdefault(note, []).append(TITLES.get(name, name))
+    return lines + [f"{', '.join(titles)}: {note}." for note, titles in together.items()]
 
 
 def cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table, as text of up to two lines a cell."""
-    head = ["", "A", "B", "B - A", "p\n(Holm)", "test", f"{FELL}\n{ROSE}", "questions\n(pictures)"]
+    head = ["", "A", "B", "B - A", "p\nHolm", "test", "fell\nrose", "asked\npictures"]
     rows = []
     for name, entry in [*report["benchmarks"].items(), *([("Avg", report["avg"])] if report["avg"] else [])]:
         row = [TITLES.get(name, name), *(f"{entry[s]:.1f}{_between(entry.get(f'{s}_interval'))}" for s in "ab")]
         row.append(f"{entry['difference']:+.1f}{_between(entry.get('interval'))}")
-        row += [f"{entry['p']:.4f}\n({entry['p_holm']:.4f})", entry["test"]] if "p" in entry else ["-", "-"]
+        row += [f"{entry['p']:.4f}\n{entry['p_holm']:.4f}", entry["test"]] if "p" in entry else ["-", "-"]
         row.append("\n".join(str(len(entry[kind])) for kind in ("fell", "rose") if kind in entry))
         row.append(f"{entry['questions']:,}" if "questions" in entry else "")
-        row[-1] += f"\n({entry['pictures']:,})" if "pictures" in entry else ""
+        row[-1] += f"\n{entry['pictures']:,}" if "pictures" in entry else ""
         rows.append(row)
     return head, rows
 
@@ -371,9 +377,9 @@ def save(report: Mapping[str, Any], shown: Sequence[Shown], folder: str | Path) 
 def show(report: Mapping[str, Any]) -> None:
     """The table and its caption in the terminal."""
     head, rows = cells(report)
-    printed = Table(*head, box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for column in printed.columns[1:]:
-        column.justify = "right"
+    printed = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for number, name in enumerate(head):
+        printed.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
         printed.add_row(*row)
     console = Console()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -245,7 +246,7 @@ def log(results: Mapping[str, Any], items: Mapping[str, Sequence[Item]], wandb: 
     views = list(results["avg"])
     columns = ["benchmark", "id", "group", "picture", "question", "truth"]
     columns += [f"{kind}, {CONTROLS[view]}" for view in views for kind in ("answer", "mark")]
-    rows = []
+    rows, pictures = [], {}
     for name, scores in results["benchmarks"].items():
         wrong, right = ([item for item in items[name] if item.right == so] for so in (False, True))
         half = max(LOGGED // 2, LOGGED - len(right))
@@ -253,11 +254,14 @@ def log(results: Mapping[str, Any], items: Mapping[str, Sequence[Item]], wandb: 
         chosen += spread(right, LOGGED - len(chosen))
         for item in chosen:
             q = item.question
-            picture = library.Image(picture_of(q.image)) if q.image is not None else None
+            if q.image is not None and q.image not in pictures:
+                pictures[q.image] = library.Image(picture_of(q.image))
             said = [cell for view in views for cell in (item.answers[view], item.marks[view])]
-            rows.append([TITLES.get(name, name), q.id, q.group, picture, asked(q), told(q.truth), *said])
+            rows.append([TITLES.get(name, name), q.id, q.group, pictures.get(q.image), asked(q), told(q.truth), *said])
         summary |= {f"scores/{name}/{view}": score["value"] for view, score in scores.items()}
         summary |= {f"predictions/{name}/shown": len(chosen), f"predictions/{name}/of": len(items[name])}
+    # The table's pictures wait in a data folder to be sent: in the run folder's, not the user's.
+    os.environ["WANDB_DATA_DIR"] = str(Path(wandb.save_dir).resolve() / "wandb")
     wandb.experiment.log({"predictions": library.Table(columns=columns, data=rows)})
     wandb.experiment.summary.update(summary)
 
