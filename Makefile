@@ -9,7 +9,7 @@ help: ## this list
 demo: setup ## fetch the pocket model's parts, train and score one cell, print where its page is
 	@$(run) -m mvlm.pocket.parts
 	$(run) train.py projector=ldpv2 data=v2 strategy=unfreeze_llm
-	@page=$$(ls -t runs/*/*.html 2>/dev/null | head -n 1); echo "the page of this run: $${page:-none was written}"
+	@page=$$(ls -t runs/*/index.html 2>/dev/null | head -n 1); echo "the page of this run: $${page:-none was written}"
 
 test: setup ## the fast tests, on a CPU
 	@$(run) -m pytest -q

@@ -20,7 +20,6 @@ def main(cfg) -> None:
     import lightning as L
 
     from mvlm import build, fit, score
-    from mvlm.benchmark.ranks import ranks
     from mvlm.run import Run
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -38,11 +37,8 @@ def main(cfg) -> None:
             if data[stage] is not None and not run.finished(stage):
                 fit.stage(cfg, run, stage, model, data, files, words, wandb)
         if cfg.evaluate:  # by all processes together
-            scored["device"] = "cpu" if cfg.trainer.accelerator == "cpu" else "auto"
-            trained = partial(build.trained, run)
-            results = score.run(run, trained, files, words, cfg.benchmark, cfg.controls, **scored)
-            if ranks()[0] == 0:
-                score.log(results, wandb)
+            scored |= {"device": "cpu" if cfg.trainer.accelerator == "cpu" else "auto", "wandb": wandb}
+            score.run(run, partial(build.trained, run), files, words, cfg.benchmark, cfg.controls, **scored)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -34,3 +35,51 @@ def configure(nano_cache: Path, monkeypatch: pytest.MonkeyPatch):
             return compose(page, list(overrides))
 
     return configured
+
+
+@pytest.fixture
+def scored(configure, tmp_path: Path):
+    """`scored("a", right)`: a run folder with stored answers, scored without a model.
+
+    `right(question, view)` says whether an answer is right; `controls` are answered beside the true pictures.
+    """
+    from mvlm import build, score
+    from mvlm.benchmark.evaluate import answers_file, evaluate
+    from mvlm.run import Run
+
+    cfg = configure("model=nano")
+    folder = build.corpus(cfg).benchmarks
+    found = score.benchmarks(cfg.benchmark, folder)
+
+    def answer(name: str, truth, right: bool) -> str:
+        if name == "sqa":
+            return "ABCDE"[truth[0] if right else (truth[0] + 1) % truth[1]]
+        if name == "mmbench":
+            return truth[0] if right else next(letter for letter in truth[1] if letter != truth[0])
+        if name in ("pope", "mme"):
+            return truth if right else {"yes": "no", "no": "yes"}[truth]
+        return (truth if isinstance(truth, str) else truth[0]) if right else "neither"
+
+    def made(name: str, right, controls: tuple[str, ...] = ()) -> Run:
+        run = Run(tmp_path / name)
+        (run.folder / "answers").mkdir(parents=True)
+        OmegaConf.save(cfg, run.folder / "config.yaml")
+        for benchmark in found:
+            for view in ("none", *controls):
+                lines = [
+                    {
+                        "id": q.id,
+                        "prompt": q.text,
+                        "text": answer(benchmark.name, q.truth, right(q, view)),
+                        "stopped": True,
+                    }
+                    for q in benchmark.questions()
+                ]
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                answers_file(run.folder / "answers", benchmark, view).write_text(text)
+        results = evaluate(None, found, run.folder / "answers", controls=controls) | {"generated": True}
+        score.publish(run, results, found, folder)
+        return run
+
+    made.found = found
+    return made

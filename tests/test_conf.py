@@ -24,8 +24,8 @@ def test_all_yaml_files_are_covered_here() -> None:
     assert set(GROUPS) == {
         "benchmark", "corpus", "data", "logger", "model", "projector", "recipe", "strategy", "trainer",
     }  # fmt: skip
-    assert {p.stem for p in CONF.glob("*.yaml")} == {"train", "evaluate", "chat", "plan", "doctor", "bench"}
-    assert sum(1 for _ in CONF.rglob("*.yaml")) == sum(map(len, GROUPS.values())) + 6
+    assert {p.stem for p in CONF.glob("*.yaml")} == {"train", "evaluate", "report", "chat", "plan", "doctor", "bench"}
+    assert sum(1 for _ in CONF.rglob("*.yaml")) == sum(map(len, GROUPS.values())) + 7
 
 
 @pytest.mark.parametrize("model", GROUPS["model"])
@@ -91,12 +91,12 @@ def test_benchmarks_read_the_generated_files(configure, benchmark: str, protocol
 
 def test_the_table_says_whether_files_are_a_published_set(tmp_path: Path) -> None:
     from mvlm.run import Run
-    from mvlm.score import about, asked
+    from mvlm.score import about, counted
 
     score = {"items": 12578, "official": "testdev-balanced"}
-    assert asked(score, generated=False) == "12578 (testdev-balanced)"
-    assert asked(score | {"items": 40, "official": None}, generated=False) == "40 (no published version)"
-    assert asked(score | {"items": 40, "official": None}, generated=True) == "40"
+    assert counted(score, generated=False) == "12,578 (testdev-balanced)"
+    assert counted(score | {"items": 40, "official": None}, generated=False) == "40 (no published version)"
+    assert counted(score | {"items": 40, "official": None}, generated=True) == "40"
     scores = {"gqa": {"none": score}, "pope": {"none": score | {"official": None}}}
     results = {"protocol": "harness", "generated": False, "corpus": "/data", "benchmarks": scores}
     told = about(Run(tmp_path), results)

@@ -7,13 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
-from mvlm import build, fit
+from mvlm import build, fit, score
+from mvlm.page import CONTROLS
 from mvlm.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +66,23 @@ def test_a_run_folder_holds_the_whole_story(trained: Run) -> None:
     assert list(trained.folder.glob("wandb/offline-run-*")), "W&B ran offline"
 
 
+def test_w_and_b_holds_predictions_with_pictures(trained: Run) -> None:
+    """Offline the table and its pictures wait in the run folder for `wandb sync`: nothing lies elsewhere."""
+    staged = [path.read_bytes() for path in trained.folder.glob("wandb/artifacts/staging/*")]
+    (table,) = map(json.loads, {content for content in staged if b'"mark, no picture"' in content})
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    results = json.loads((trained.folder / "results.json").read_text())
+    for name, views in results["benchmarks"].items():
+        some = {row["id"]: row for row in rows if row["benchmark"] == score.TITLES[name]}
+        assert len(some) == min(score.LOGGED, len(views["none"]["per_question"]))
+        for view, title in CONTROLS.items():
+            got = {key: row[f"mark, {title}"] for key, row in some.items()}
+            assert got == {key: views[view]["per_question"][key] for key in got}
+    pictures = {row["picture"]["sha256"] for row in rows}
+    assert pictures == {sha256(content).hexdigest() for content in staged if content.startswith(b"\x89PNG")}
+    assert len(pictures) > 6
+
+
 def test_scores_of_six_benchmarks_and_two_controls(trained: Run) -> None:
     results = json.loads((trained.folder / "results.json").read_text())
     assert set(results["benchmarks"]) == {"gqa", "sqa", "textvqa", "pope", "mme", "mmbench"}
@@ -74,9 +93,10 @@ def test_scores_of_six_benchmarks_and_two_controls(trained: Run) -> None:
 
 
 def test_the_page_is_self_contained(trained: Run) -> None:
-    page = (trained.folder / "index.html").read_text()
-    assert page.count("data:image/jpeg;base64,") >= 6
-    assert "http" not in page.replace("http-equiv", "")
+    for name in ("index.html", "wrong.html"):
+        page = (trained.folder / name).read_text()
+        assert page.count("data:image/jpeg;base64,") >= 6
+        assert "http" not in page
 
 
 def test_a_finished_command_is_not_done_again(shell, trained: Run) -> None:
@@ -143,6 +163,17 @@ def test_evaluate_on_two_processes_leaves_the_answers_of_one(shell, trained: Run
     assert told[0] == told[1] and len(told[0][0]) == 24
     assert {entry["flipped"] for entry in told[0][1]["flips"].values()} == {0}
     assert len(list((folder / "before-2").iterdir())) == 24
+
+
+def test_report_compares_two_runs(shell, trained: Run) -> None:
+    """Here the run with itself, by its folder and by its file."""
+    words = f"compare=[{trained.folder},{trained.folder / 'results.json'}]"
+    done = shell("report.py", words, "out=compared")
+    assert "McNemar" in done.stdout
+    for name in ("report.json", "report.md", "index.html"):
+        assert (shell.folder / "compared" / name).stat().st_size > 0
+    told = shell("report.py", f"compare=[{trained.folder}]", ok=False).stderr
+    assert "name two run folders" in told and told.count("\n") == 1
 
 
 def test_chat_answers_about_a_picture(shell, trained: Run) -> None:

@@ -38,7 +38,7 @@ def test_the_commands_run(nano_cache: Path, tmp_path: Path) -> None:
         renamed = [w.replace("pocket-", "nano-") for w in words[1:]]
         command = words if words[0] == "-m" else [str(ROOT / words[0]), *renamed]
         if words[0] == "train.py":
-            command += ["model=nano", "logger=csv", "evaluate=false"]
+            command += ["model=nano", "logger=csv", "benchmark=[gqa]", "controls=[]"]
         done = subprocess.run(
             [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
         )

@@ -1,4 +1,8 @@
-"""A run folder as one page to look at: scores beside their controls, the curve of sight, pictures with questions and answers."""
+"""Pages to look at, each one file that needs no network: scores beside their controls, the curve of sight, answered questions.
+
+A picture is embedded once, on a card with all its questions, so a page without scripts shows everything; the little script
+only hides what the filters leave out.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,9 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -19,40 +23,76 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --soft: #9aa8b5; --line: #33404c; --card: #1a232c; --page: #10171d; } }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto; max-width: 1120px; padding: 24px; }
 h1 { font-size: 24px; margin: 0; } h2 { font-size: 17px; margin: 32px 0 10px; } p { color: var(--soft); margin: 4px 0 0; max-width: 85ch; }
-table { border-collapse: collapse; background: var(--card); border-radius: 8px; overflow: hidden; }
-th, td { padding: 7px 14px; text-align: right; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; background: var(--card); border-radius: 8px; display: block; width: fit-content; max-width: 100%;
+  overflow-x: auto; }
+th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+th, td { white-space: pre; } td:first-child { white-space: normal; }
 th:first-child, td:first-child { text-align: left; } tr:last-child td { font-weight: 600; border: 0; }
 .top { display: flex; gap: 24px; flex-wrap: wrap; align-items: flex-start; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 14px; }
 .card { background: var(--card); border-radius: 8px; overflow: hidden; }
 .card img { width: 100%; height: 190px; object-fit: contain; background: var(--line); display: block; }
-.card ul { list-style: none; margin: 0; padding: 8px 12px 12px; } .card li { margin-top: 7px; }
-.q { color: var(--soft); } .right b { color: #1d8348; } .wrong b { color: #c0392b; } .wrong s { color: var(--soft); text-decoration: none; }
-@media (prefers-color-scheme: dark) { .right b { color: #58d68d; } .wrong b { color: #ff8a7a; } }
+.card ul { list-style: none; margin: 0; padding: 8px 12px 12px; } .card li { margin-top: 7px; overflow-wrap: anywhere; }
+.q { color: var(--soft); white-space: pre-line; } .right { color: #1d8348; } .wrong { color: #c0392b; }
+@media (prefers-color-scheme: dark) { .right { color: #58d68d; } .wrong { color: #ff8a7a; } }
+form { position: sticky; top: 0; background: var(--page); padding: 10px 0; display: flex; gap: 18px; flex-wrap: wrap; align-items: center; }
+select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 4px 8px; }
+a { color: #2a6fdb; } @media (prefers-color-scheme: dark) { a { color: #7fb0ff; } }
+[hidden] { display: none; }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 12px; } figcaption { color: var(--soft); font-size: 13px; }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 """
+SCRIPT = """
+const selects = [...document.querySelectorAll("select")], items = [...document.querySelectorAll(".card li")];
+function show() {
+  let left = 0;
+  for (const item of items) {
+    item.hidden = selects.some((select, i) => select.value && item.dataset["f" + i] !== select.value);
+    left += !item.hidden;
+  }
+  for (const card of document.querySelectorAll(".card")) card.hidden = !card.querySelector("li:not([hidden])");
+  document.querySelector("output").textContent = `${left} of the ${items.length} on this page`;
+}
+addEventListener("change", show);
+addEventListener("pageshow", show);
+"""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One answered question as the page shows it; `value` is its score, 0 to 1."""
+    """One answered question as a page shows it."""
 
     benchmark: str
     question: str
     truth: str
-    answer: str
-    value: float
+    answers: Mapping[str, tuple[str, float]]
+    """By what was asked (a view, a run; "" if there is but one): the answer, and its mark from 0 to 1."""
     image: Path | bytes | None
+    facets: Mapping[str, str] = field(default_factory=dict)
+    """What the page can be filtered by."""
 
 
-def thumbnail(image: Path | bytes, side: int = 420) -> str:
-    """A picture as a data URL, at most `side` pixels wide or high."""
+def spread(items: Sequence[T], number: int) -> list[T]:
+    """At most `number` of the items, evenly spread over them, in their order."""
+    if len(items) <= number:
+        return list(items)
+    return [items[k * len(items) // number] for k in range(number)]
+
+
+def picture_of(image: Path | bytes, side: int = 256) -> Image.Image:
+    """A picture, shrunk to at most `side` pixels wide and high."""
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
         picture = picture.convert("RGB")
-        picture.thumbnail((side, side))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=85)
+    picture.thumbnail((side, side))
+    return picture
+
+
+def thumbnail(image: Path | bytes) -> str:
+    """A shrunk picture as a data URL: some 10 kB of a photograph."""
+    buffer = io.BytesIO()
+    picture_of(image).save(buffer, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -92,58 +132,77 @@ def curve(history: Mapping[str, Sequence[Mapping[str, float]]], width: int = 520
     )  # fmt: skip
 
 
-def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """Benchmarks as rows, the true picture and the controls as columns. `scores[benchmark][control]` is a text or a number."""
-    controls = [c for c in CONTROLS if any(c in row for row in scores.values())]
-    head = "".join(f"<th>{CONTROLS[c]}</th>" for c in controls)
-    rows = ""
-    for name, row in scores.items():
-        cells = "".join(f"<td>{html.escape(str(row.get(c, '-')))}</td>" for c in controls)
-        rows += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
-    return f"<table><tr><th></th>{head}</tr>{rows}</table>"
-
-
-def gallery(shown: Sequence[Shown]) -> str:
-    """One card a picture, with all that was asked about it."""
-    cards: dict[Any, list[Shown]] = {}
-    for item in shown:
-        if item.image is not None:
-            cards.setdefault(item.image, []).append(item)
-    out = ""
-    for image, items in cards.items():
-        lines = ""
-        for i in items:
-            right = i.value >= 0.5
-            said = html.escape(i.answer[:120]) or "(nothing)"
-            truth = "" if right else f" <s>(it is {html.escape(i.truth)})</s>"
-            lines += (
-                f'<li class="{"right" if right else "wrong"}"><span class="q">{html.escape(i.benchmark)}: '
-                f"{html.escape(i.question)}</span><br><b>{'✓' if right else '✗'} {said}</b>{truth}</li>"
-            )
-        out += (
-            f'<div class="card"><img src="{thumbnail(image)}" alt="a picture of the benchmark"><ul>{lines}</ul></div>'
-        )
-    return f'<div class="cards">{out}</div>'
-
-
-def page(
-    title: str,
-    about: str,
-    scores: Mapping[str, Mapping[str, Any]],
-    history: Mapping[str, Sequence[Mapping[str, float]]],
-    shown: Sequence[Shown],
-) -> str:
-    """The whole page, self-contained."""
+def curve_figure(history: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """The curve with its caption. Empty without such figures."""
     drawn = curve(history)
-    figure = (
+    return drawn and (
         f'<figure>{drawn}<figcaption>Held-out loss a token with the <span style="color:{COLOURS["none"]}">true</span> picture and '
         f'with <span style="color:{COLOURS["shuffled"]}">another</span>. The gap is what the model sees.</figcaption></figure>'
-        if drawn
-        else ""
     )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Rows under their heads; the first column names them."""
+
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
+
+
+def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Benchmarks as rows; the true picture, the controls and the number of questions as columns.
+
+    `scores[benchmark]` maps a view, or `items`, to a text or a number.
+    """
+    columns = {
+        c: CONTROLS.get(c, "questions") for c in (*CONTROLS, "items") if any(c in row for row in scores.values())
+    }
+    return table(["", *columns.values()], [[name, *(row.get(c, "") for c in columns)] for name, row in scores.items()])
+
+
+def gallery(shown: Sequence[Shown], filters: bool = False) -> str:
+    """One card a picture, with all that was asked about it; with selections above that narrow it by the facets."""
+    if not shown:
+        return "<p>There is none.</p>"
+    facets = list(dict.fromkeys(name for item in shown for name in item.facets)) if filters else []
+    form = ""
+    for name in facets:
+        options = "".join(
+            f"<option>{html.escape(value)}</option>"
+            for value in dict.fromkeys(item.facets[name] for item in shown if name in item.facets)
+        )
+        form += f'<label>{html.escape(name)} <select><option value="">all</option>{options}</select></label>'
+    small = {image: thumbnail(image) for image in {item.image for item in shown} if image is not None}
+    cards: dict[str, list[Shown]] = {}
+    for item in shown:  # by what is seen: ScienceQA keeps the same picture in several files
+        cards.setdefault(small.get(item.image, ""), []).append(item)
+    out = ""
+    for source, items in cards.items():
+        picture = f'<img src="{source}" alt="the picture of these questions">' if source else ""
+        out += f'<div class="card">{picture}<ul>{"".join(_item(item, facets) for item in items)}</ul></div>'
+    form = f'<form>{form}<output aria-live="polite"></output></form>' if facets else ""
+    return f'{form}<div class="cards">{out}</div>' + (f"<script>{SCRIPT}</script>" if facets else "")
+
+
+def _item(item: Shown, facets: Sequence[str]) -> str:
+    data = "".join(f' data-f{k}="{html.escape(item.facets.get(name, ""))}"' for k, name in enumerate(facets))
+    lines = [f'<span class="q">{html.escape(item.benchmark)}: {html.escape(item.question)}</span>']
+    for name, (text, mark) in item.answers.items():
+        right = mark >= 0.5
+        said = html.escape(text[:120]) or "(nothing)"
+        asked = f'<span class="q">{html.escape(name)}:</span> ' if name else ""
+        lines.append(f'{asked}<b class="{"right" if right else "wrong"}">{"✓" if right else "✗"} {said}</b>')
+    if any(mark < 0.5 for _, mark in item.answers.values()):
+        lines.append(f'<span class="q">it is</span> {html.escape(item.truth)}')
+    return f"<li{data}>{'<br>'.join(lines)}</li>"
+
+
+def document(title: str, about: str, sections: Mapping[str, str]) -> str:
+    """A whole page, self-contained. `sections`: heading -> HTML."""
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections.items())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"
-        f'<h2>Scores</h2><div class="top">{score_table(scores)}{figure}</div>'
-        f"<h2>Questions and answers</h2>{gallery(shown)}</html>\n"
+        f"{body}</html>\n"
     )

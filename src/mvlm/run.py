@@ -6,8 +6,9 @@ pretrain/        the model after the stage, in the released layout; stage.json: 
 finetune/        likewise
 wandb/           the offline W&B run; `wandb sync` sends it
 answers/         one JSON line a question, benchmark by benchmark; answers/harness/ by that protocol
-results.json     the scores; results-harness.json by that protocol
-index.html       questions, pictures and answers to look at; index-harness.html by that protocol
+results.json     the scores, with the protocol, versions and commit that made them and a hash of the questions
+index.html       scores, questions, pictures and answers to look at
+wrong.html       the wrong answers, to be filtered; of another protocol all three end in its name (results-harness.json)
 """
 
 from __future__ import annotations

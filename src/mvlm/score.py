@@ -1,10 +1,14 @@
-"""A trained model answers the benchmarks; the scores go into its run folder, beside a page to look at."""
+"""A trained model answers the benchmarks; the scores go into its run folder, beside pages to look at."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +20,81 @@ from rich.console import Console
 from rich.table import Table
 
 from mvlm import build
-from mvlm.benchmark.base import Benchmark, Protocol
-from mvlm.benchmark.evaluate import answers_file, evaluate
+from mvlm.benchmark.base import Benchmark, Protocol, Question
+from mvlm.benchmark.evaluate import answers_file, evaluate, stored
 from mvlm.benchmark.ranks import ranks
 from mvlm.data.corpus import Corpus
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.page import CONTROLS, Shown, page
-from mvlm.run import Run, write_json
+from mvlm.page import CONTROLS, Shown, curve_figure, document, gallery, picture_of, score_table, spread, table
+from mvlm.run import Run, manifest, write_json
 
 TITLES = {"gqa": "GQA", "sqa": "SQA-I", "textvqa": "VQA-T", "pope": "POPE", "mme": "MME-P", "mmbench": "MMB-dev"}
 """Column heads of the paper's tables."""
+
+PAGE_PICTURES = 24
+"""Pictures on index.html, dealt evenly to the benchmarks."""
+
+PAGE_QUESTIONS = 600
+"""Questions on a page that can be filtered, dealt evenly to the benchmarks: about 10 MB if each has a picture of its own."""
+
+LOGGED = 32
+"""Predictions a benchmark in the W&B table, half of them wrong where there are so many."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A scored question with all that was said to it."""
+
+    benchmark: str
+    question: Question
+    answers: dict[str, str]
+    """By view: `none`, `blind`, `shuffled`."""
+    marks: dict[str, float]
+    """Likewise, 0 to 1."""
+
+    @property
+    def right(self) -> bool:
+        """Whether the true picture's answer has at least half a mark (TextVQA's marks are soft)."""
+        return self.marks["none"] >= 0.5
+
+    @property
+    def outcome(self) -> str:
+        """What the controls made of it."""
+        won = [CONTROLS[view] for view, mark in self.marks.items() if view != "none" and mark >= 0.5]
+        return "right with " + " and ".join(won) if won else "wrong with every control"
+
+    def shown(self, answers: Mapping[str, tuple[str, float]], facets: Mapping[str, str]) -> Shown:
+        """The question for a page."""
+        title = TITLES.get(self.benchmark, self.benchmark)
+        group = {"group": f"{title}: {self.question.group}"} if self.question.group else {}
+        return Shown(
+            title,
+            asked(self.question),
+            told(self.question.truth),
+            dict(answers),
+            self.question.image,
+            {"benchmark": title, **group, **facets},
+        )
+
+
+def asked(question: Question) -> str:
+    """A question's text without the sentence that asks for a short answer."""
+    return question.text.split("\nAnswer ")[0]
+
+
+def told(truth: Any) -> str:
+    """A truth as a person reads it: a letter with its option, the number of a choice as its letter, answers by how often given."""
+    match truth:
+        case str():
+            return truth
+        case (str(letter), dict(options)):
+            return f"{letter}. {options.get(letter, '')}"
+        case (int(place), int()):
+            return "ABCDEFGH"[place]
+        case [*answers] if all(isinstance(answer, str) for answer in answers):
+            return ", ".join(text for text, _ in Counter(answers).most_common())
+    return json.dumps(truth, default=str, ensure_ascii=False)
 
 
 def benchmarks(
@@ -94,8 +162,9 @@ def run(
     device: str = "auto",
     again: bool = False,
     flips: bool = False,
+    wandb: WandbLogger | None = None,
 ) -> dict[str, Any]:
-    """Answer, score, print, and write results.json and index.html (results-harness.json and index-harness.html).
+    """Answer, score, print, and write results.json, index.html and wrong.html (of protocol harness results-harness.json, ...).
 
     Of several processes each answers its part, and one writes.
 
@@ -103,6 +172,7 @@ def run(
         model: builds the model; not called if every answer is stored already.
         folder, protocol, any_version: see `opened`.
         again, flips: see `evaluate`.
+        wandb: gets the scores and a table of predictions.
     """
     cfg = run.config
     found = opened(cfg, chosen, files, folder=folder, protocol=protocol, any_version=any_version)
@@ -124,14 +194,29 @@ def run(
         features={},
         **build.asking(run.config, words, ready),
     )
-    results["model"] = run.folder.name
-    results["corpus"] = str(folder or files.benchmarks)
     results["generated"] = is_generated(cfg, folder)
     if ranks()[0] > 0:
         return results
+    return publish(run, results, found, folder or files.benchmarks, wandb)
+
+
+def publish(
+    run: Run, results: dict[str, Any], found: Sequence[Benchmark], folder: str | Path, wandb: WandbLogger | None = None
+) -> dict[str, Any]:
+    """Add what produced the scores, write them and the pages into the run folder, print and log them.
+
+    Args:
+        results: from `mvlm.benchmark.evaluate.evaluate`, the answers lying in the run folder.
+        folder: of the benchmark files.
+    """
+    questions = {benchmark.name: fingerprint(benchmark.questions()) for benchmark in found}
+    results |= {"model": run.folder.name, "corpus": str(folder), **manifest(), "questions": questions}
     write_json(run.folder / f"results{beside(results)}.json", results)
-    (run.folder / f"index{beside(results)}.html").write_text(page_of(run, results, found), encoding="utf-8")
+    items = collect(results, found, run.folder / "answers")
+    for name, page in (("index", page_of), ("wrong", wrong_page)):
+        (run.folder / f"{name}{beside(results)}.html").write_text(page(run, results, items), encoding="utf-8")
     show(results, run)
+    log(results, items, wandb)
     return results
 
 
@@ -140,15 +225,53 @@ def beside(results: dict[str, Any]) -> str:
     return "" if results["protocol"] == "paper" else f"-{results['protocol']}"
 
 
+def fingerprint(questions: Sequence[Question]) -> dict[str, Any]:
+    """What tells whether two runs answered the same questions, and which of these share a picture.
+
+    Returns:
+        {"sha256": of ids, prompts, truths and the pictures' contents, "pictures": {question id: number of its picture}}
+    """
+    whole, number, content = sha256(), {}, {}
+    for q in questions:
+        if q.image not in content:
+            data = b"" if q.image is None else q.image if isinstance(q.image, bytes) else q.image.read_bytes()
+            number[q.image], content[q.image] = len(number), sha256(data).hexdigest()
+        whole.update(json.dumps([q.id, q.text, q.truth, content[q.image]], default=str).encode())
+    return {"sha256": whole.hexdigest(), "pictures": {q.id: number[q.image] for q in questions}}
+
+
+def collect(results: Mapping[str, Any], found: Sequence[Benchmark], folder: Path) -> dict[str, list[Item]]:
+    """By benchmark, its marked questions with the answers of every view as they are stored in `folder`.
+
+    MMBench marks whole circles of rotations: of each, the unrotated question stands here.
+    """
+    items = {}
+    for benchmark in found:
+        views = results["benchmarks"][benchmark.name]
+        questions = benchmark.questions()
+        lines = {view: stored(answers_file(folder, benchmark, view), questions) for view in views}
+        items[benchmark.name] = [
+            Item(
+                benchmark.name,
+                q,
+                {view: lines[view][q.id]["text"] for view in views},
+                {view: score["per_question"][q.id] for view, score in views.items()},
+            )
+            for q in questions
+            if q.id in views["none"]["per_question"]
+        ]
+    return items
+
+
 def rows(results: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """The table's cells as text: each benchmark's score and half-width of its interval by view, then Avg."""
+    """The table's cells as text: each benchmark's score and half-width of its interval by view, and `items`; then Avg."""
     table = {}
     for name, views in results["benchmarks"].items():
         table[TITLES.get(name, name)] = {
             view: f"{s['value']:.1f}"
             + (f" ± {(s['interval'][1] - s['interval'][0]) / 2:.1f}" if view == "none" else "")
             for view, s in views.items()
-        }
+        } | {"items": counted(views["none"], results["generated"])}
     if results["avg"]["none"] is not None:
         table["Avg"] = {view: f"{value:.1f}" for view, value in results["avg"].items()}
     return table
@@ -156,39 +279,64 @@ def rows(results: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def show(results: dict[str, Any], run: Run) -> None:
     """The scores as a table in the terminal."""
-    table = Table(title=about(run, results), title_justify="left")
+    printed = Table(title=about(run, results), title_justify="left")
     views = list(results["avg"])
-    table.add_column("benchmark")
-    for view in views:
-        table.add_column(CONTROLS[view], justify="right")
-    table.add_column("questions", justify="right")
-    items = {TITLES.get(n, n): asked(v["none"], results["generated"]) for n, v in results["benchmarks"].items()}
+    printed.add_column("benchmark")
+    for view in (*views, "items"):
+        printed.add_column(CONTROLS.get(view, "questions"), justify="right")
     for name, cells in rows(results).items():
-        table.add_row(name, *(cells[view] for view in views), items.get(name, ""))
-    Console().print(table)
+        printed.add_row(name, *(cells.get(column, "") for column in (*views, "items")))
+    Console().print(printed)
     gaps = [results["avg"]["none"] - results["avg"][c] for c in views[1:] if results["avg"]["none"] is not None]
     if gaps and min(gaps) < 5:
         Console().print("[yellow]The true picture gains it less than 5 points: this model has not learned to see.[/]")
     if flips := results.get("flips"):
         flipped, items = (sum(told[key] for told in flips.values()) for key in ("flipped", "items"))
         Console().print(f"answered one at a time, {flipped} of {items} answers come out otherwise")
-    Console().print(f"look at {run.folder / f'index{beside(results)}.html'}")
+    index, wrong = (run.folder / f"{name}{beside(results)}.html" for name in ("index", "wrong"))
+    Console().print(f"look at {index} and {wrong}")
 
 
-def asked(score: dict[str, Any], generated: bool) -> str:
-    """How many questions, and whether they are a published set: 12578 (testdev-balanced), 40 (no published version)."""
+def counted(score: dict[str, Any], generated: bool) -> str:
+    """How many questions, and whether they are a published set: 12,578 (testdev-balanced), 40 (no published version)."""
     origin = score["official"] or "no published version"
-    return str(score["items"]) if generated else f"{score['items']} ({origin})"
+    return f"{score['items']:,}" if generated else f"{score['items']:,} ({origin})"
 
 
-def log(results: dict[str, Any], wandb: WandbLogger | None) -> None:
-    """The scores as a W&B summary: `scores/gqa/none`, ..., `scores/avg/blind`; of the harness `scores-harness/...`."""
+def log(results: Mapping[str, Any], items: Mapping[str, Sequence[Item]], wandb: WandbLogger | None) -> None:
+    """The scores as a W&B summary (`scores/gqa/none`, ..., `scores/avg/blind`; of the harness `scores-harness/...`), and a
+    table `predictions`.
+
+    The table holds up to LOGGED questions a benchmark, wrong and right ones, each with its picture and the answers and marks
+    of every view; how many of how many is in the summary (`predictions/gqa/shown`, `predictions/gqa/of`).
+    """
     if wandb is None:
         return
-    key = f"scores{beside(results)}"
-    for name, views in results["benchmarks"].items():
-        wandb.experiment.summary.update({f"{key}/{name}/{view}": score["value"] for view, score in views.items()})
-    wandb.experiment.summary.update({f"{key}/avg/{view}": value for view, value in results["avg"].items()})
+    import wandb as library
+
+    end = beside(results)
+    summary = {f"scores{end}/avg/{view}": value for view, value in results["avg"].items()}
+    views = list(results["avg"])
+    columns = ["benchmark", "id", "group", "picture", "question", "truth"]
+    columns += [f"{kind}, {CONTROLS[view]}" for view in views for kind in ("answer", "mark")]
+    rows, pictures = [], {}
+    for name, scores in results["benchmarks"].items():
+        wrong, right = ([item for item in items[name] if item.right == so] for so in (False, True))
+        half = max(LOGGED // 2, LOGGED - len(right))
+        chosen = spread(wrong, half)
+        chosen += spread(right, LOGGED - len(chosen))
+        for item in chosen:
+            q = item.question
+            if q.image is not None and q.image not in pictures:
+                pictures[q.image] = library.Image(picture_of(q.image))
+            said = [cell for view in views for cell in (item.answers[view], item.marks[view])]
+            rows.append([TITLES.get(name, name), q.id, q.group, pictures.get(q.image), asked(q), told(q.truth), *said])
+        summary |= {f"scores{end}/{name}/{view}": score["value"] for view, score in scores.items()}
+        summary |= {f"predictions{end}/{name}/shown": len(chosen), f"predictions{end}/{name}/of": len(items[name])}
+    # The table's pictures wait in a data folder to be sent: in the run folder's, not the user's.
+    os.environ["WANDB_DATA_DIR"] = str(Path(wandb.save_dir).resolve() / "wandb")
+    wandb.experiment.log({f"predictions{end}": library.Table(columns=columns, data=rows)})
+    wandb.experiment.summary.update(summary)
 
 
 def about(run: Run, results: dict[str, Any]) -> str:
@@ -200,41 +348,58 @@ def about(run: Run, results: dict[str, Any]) -> str:
     return f"{run.folder.name}, protocol {results['protocol']}, {corpus}, 95% intervals over pictures"
 
 
-def page_of(run: Run, results: dict[str, Any], found: Sequence[Benchmark], pictures: int = 24) -> str:
-    """The run's page: scores, curve, and the first pictures with their questions."""
+def page_of(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> str:
+    """index.html: scores, curve, and the first pictures with up to three questions each."""
     history = {
         stage: json.loads((run.folder / stage / "stage.json").read_text())["history"]
         for stage in build.STAGES
         if run.finished(stage)
     }
     shown: list[Shown] = []
-    share = max(1, pictures // len(found))
-    for benchmark in found:
-        marks = results["benchmarks"][benchmark.name]["none"]["per_question"]
-        answers = {}
-        for line in answers_file(run.folder / "answers", benchmark).read_text(encoding="utf-8").strip("\n").split("\n"):
-            entry = json.loads(line)
-            answers[entry["id"]] = entry["text"]
-        seen: dict[Any, int] = {}
-        for q in benchmark.questions():
-            if q.image is None or q.id not in marks or (q.image not in seen and len(seen) >= share):
+    for some in items.values():
+        seen: Counter = Counter()
+        for item in some:
+            image = item.question.image
+            if image is None or (image not in seen and len(seen) >= max(1, PAGE_PICTURES // len(items))):
                 continue
-            seen[q.image] = seen.get(q.image, 0) + 1
-            if seen[q.image] <= 3:
-                truth = q.truth if isinstance(q.truth, str) else json.dumps(q.truth, default=str)
-                shown.append(
-                    Shown(
-                        TITLES.get(benchmark.name, benchmark.name),
-                        q.text.split("\nAnswer ")[0],
-                        truth,
-                        answers[q.id],
-                        marks[q.id],
-                        q.image,
-                    )
-                )
+            seen[image] += 1
+            if seen[image] <= 3:
+                shown.append(item.shown({"": (item.answers["none"], item.marks["none"])}, {}))
     note = (
         about(run, results)
         + ". The controls ask the same questions with no picture and with another question's picture: "
         "what a model gains over them is what it sees."
     )
-    return page(f"{run.folder.name}", note, rows(results), history, shown)
+    scores = f'<div class="top">{score_table(rows(results))}{curve_figure(history)}</div>'
+    total = sum(map(len, items.values()))
+    heading = f"{len(shown)} of {total} questions, with their answers"
+    links = '<p><a href="wrong.html">The wrong answers, to be filtered</a></p>'
+    return document(run.folder.name, note, {"Scores": scores, heading: links + gallery(shown)})
+
+
+def wrong_page(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> str:
+    """wrong.html: what was answered wrongly, with the controls' answers; how many are shown of how many stands above."""
+    share = PAGE_QUESTIONS // len(items)
+    controls = list(results["avg"])[1:]
+    shown, counts = [], []
+    for name, some in items.items():
+        wrong = [item for item in some if not item.right]
+        chosen = spread(wrong, share)
+        won = [sum(item.marks[view] >= 0.5 for item in wrong) for view in controls]
+        neither = sum(item.outcome == "wrong with every control" for item in wrong)
+        counts.append(
+            [TITLES.get(name, name), len(some), len(wrong), len(chosen), *won, *([neither] if controls else [])]
+        )
+        for item in chosen:
+            said = {CONTROLS[view]: (item.answers[view], item.marks[view]) for view in item.marks}
+            shown.append(item.shown(said, {"controls": item.outcome} if controls else {}))
+    counts.append(["all", *map(sum, zip(*(row[1:] for row in counts), strict=True))])
+    head = ["", "questions", "wrong", "shown here", *(f"right with {CONTROLS[view]}" for view in controls)]
+    head += ["wrong with every control"] if controls else []
+    note = (
+        f"{about(run, results)}. Wrong is a mark below 0.5. At most {share} a benchmark are shown, evenly spread over its wrong "
+        "answers; answers/ holds all."
+    )
+    links = '<p><a href="index.html">Scores</a></p>'
+    title = f"{run.folder.name}: wrong answers"
+    return document(title, note, {"Counts": links + table(head, counts), "Wrong answers": gallery(shown, filters=True)})

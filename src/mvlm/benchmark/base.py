@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +40,34 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """What a score is made of: sums over its questions, kept picture by picture, and the function of their totals.
+
+    The questions of one picture are answered rightly or wrongly together (GQA asks 32 a picture), so whatever is drawn
+    again, for an interval or a test, is drawn in whole pictures: single questions would promise too much.
+    """
+
+    by_picture: np.ndarray
+    """(P, K), pictures in the order in which the questions name them first."""
+    value: Callable[[np.ndarray], np.ndarray]
+    """(R, K) totals -> (R,) scores, 0 to 100."""
+
+    @classmethod
+    def of(
+        cls,
+        counts: Sequence[Sequence[float]],
+        pictures: Iterable[Hashable],
+        value: Callable[[np.ndarray], np.ndarray],
+    ) -> Sums:
+        """From (Q, K), what each question adds to the K sums, and the picture of each of the Q questions."""
+        index: dict[Hashable, int] = {}
+        rows = [index.setdefault(picture, len(index)) for picture in pictures]
+        by_picture = np.zeros((len(index), len(counts[0])))
+        np.add.at(by_picture, rows, np.asarray(counts, float))
+        return cls(by_picture, value)
+
+
+@dataclass(frozen=True)
 class Score:
     """A benchmark's result."""
 
@@ -58,10 +86,13 @@ class Score:
     protocol: str = "paper"
     official: str | None = None
     """The published version that the files hold by their counts; None for any others (generated, cut, newer)."""
+    sums: Sums | None = field(default=None, compare=False, repr=False)
+    """For the comparison of two runs (`mvlm.report`); without them it tests only scores that are the mean of the marks."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        return asdict(self) | {"interval": list(self.interval)}
+        """Plain types for JSON, without the sums."""
+        kept = {field: value for field, value in vars(self).items() if field != "sums"}
+        return kept | {"interval": list(self.interval)}
 
 
 class Benchmark(ABC):
@@ -248,26 +279,20 @@ def interval(
 ) -> tuple[float, float]:
     """95 % bootstrap interval of a score, resampling pictures.
 
-    The questions of one picture are answered rightly or wrongly together (GQA asks 32 a picture), so drawing single
-    questions would promise too narrow an interval; drawing whole pictures does not. It covers the choice of
-    questions only: not the training's seed, and when every answer is right (or wrong) it has no width.
+    It covers the choice of questions only: not the training's seed, and when every answer is right (or wrong) it has no
+    width.
 
     Args:
-        counts: (Q, K), what each question adds to the K sums the score is made of.
-        pictures: the picture of each question, Q of them.
-        value: (R, K) sums -> (R,) scores.
+        counts, pictures, value: as for `Sums.of`.
         resamples: R; the ends move by a few hundredths of the width from 1,000 on.
 
     Returns:
         The 2.5 % and the 97.5 % quantile, the same at every call.
     """
-    index: dict[Hashable, int] = {}
-    rows = [index.setdefault(picture, len(index)) for picture in pictures]
-    by_picture = np.zeros((len(index), len(counts[0])))
-    np.add.at(by_picture, rows, np.asarray(counts, float))
-    draw, n = np.random.default_rng(0), len(index)
-    sums = [np.bincount(draw.integers(n, size=n), minlength=n) @ by_picture for _ in range(resamples)]
-    low, high = np.quantile(value(np.stack(sums)), [0.025, 0.975])
+    sums = Sums.of(counts, pictures, value)
+    draw, n = np.random.default_rng(0), len(sums.by_picture)
+    totals = [np.bincount(draw.integers(n, size=n), minlength=n) @ sums.by_picture for _ in range(resamples)]
+    low, high = np.quantile(value(np.stack(totals)), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -282,12 +307,13 @@ def mean_score(
         items: questions behind the marks.
     """
     value = 100 * sum(marks.values()) / len(marks)
-    counts = [(mark, 1) for mark in marks.values()]
+    made_of = ([(mark, 1) for mark in marks.values()], pictures, lambda sums: 100 * sums[:, 0] / sums[:, 1])
     return Score(
         value=value,
         unit_value=value,
         items=items,
         per_question=dict(marks),
         detail=dict(detail),
-        interval=interval(counts, pictures, lambda sums: 100 * sums[:, 0] / sums[:, 1]),
+        interval=interval(*made_of),
+        sums=Sums.of(*made_of),
     )

@@ -7,7 +7,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from mvlm.benchmark.base import SHORT, Benchmark, Protocol, Question, Score, interval, other_layout, read_text, require
+from mvlm.benchmark.base import (
+    SHORT,
+    Benchmark,
+    Protocol,
+    Question,
+    Score,
+    Sums,
+    interval,
+    other_layout,
+    read_text,
+    require,
+)
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -94,15 +105,17 @@ class MME(Benchmark):
             counts[row, PERCEPTION.index(one.group)] = both, 2, both == 2, 1
         detail = dict(zip(PERCEPTION, points(counts.sum(0)).tolist(), strict=True))
         total = sum(detail.values())
+        made_of = (
+            counts.reshape(len(counts), -1),
+            [one.image for one, _ in pairs],
+            lambda sums: points(sums.reshape(len(sums), len(PERCEPTION), 4)).sum(-1) / 20,
+        )
         return Score(
             value=total / 20,
             unit_value=total,
             items=len(questions),
             per_question=right,
             detail=detail | {"count neither yes nor no": list(answers.values()).count("other")},
-            interval=interval(
-                counts.reshape(len(counts), -1),
-                [one.image for one, _ in pairs],
-                lambda sums: points(sums.reshape(len(sums), len(PERCEPTION), 4)).sum(-1) / 20,
-            ),
+            interval=interval(*made_of),
+            sums=Sums.of(*made_of),
         )

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mvlm.benchmark.base import SHORT, Benchmark, Protocol, Question, Score, interval, other_layout, read_text
+from mvlm.benchmark.base import SHORT, Benchmark, Protocol, Question, Score, Sums, interval, other_layout, read_text
 
 SPLITS = ("random", "popular", "adversarial")
 LABELS = ("yes", "no")
@@ -81,17 +81,16 @@ class POPE(Benchmark):
         detail = {"count neither yes nor no": float(counts[..., 2].sum())} | figures("all", counts.sum((0, 1)))
         for place, split in enumerate(SPLITS):
             detail |= figures(split, counts[:, place].sum(0))
+        flat = counts.reshape(len(questions), -1)
+        made_of = (flat, [q.image for q in questions], lambda sums: figure(sums.reshape(-1, *counts.shape[1:])))
         return Score(
             value=value,
             unit_value=value,
             items=len(questions),
             per_question={q.id: float(words[q.id] == q.truth) for q in questions},
             detail=detail,
-            interval=interval(
-                counts.reshape(len(questions), -1),
-                [q.image for q in questions],
-                lambda sums: figure(sums.reshape(-1, *counts.shape[1:])),
-            ),
+            interval=interval(*made_of),
+            sums=Sums.of(*made_of),
         )
 
 
