@@ -76,7 +76,7 @@ def scored(configure, tmp_path: Path):
                     for q in benchmark.questions()
                 ]
                 text = "".join(json.dumps(line) + "\n" for line in lines)
-                answers_file(run.folder / "answers", benchmark.name, view).write_text(text)
+                answers_file(run.folder / "answers", benchmark, view).write_text(text)
         score.publish(run, evaluate(None, found, run.folder / "answers", controls=controls), found, folder)
         return run
 

@@ -131,7 +131,7 @@ class Side:
         Raises:
             ValueError: they are not there or not whole, answer other questions, or give another score than results.json has.
         """
-        file = answers_file(self.path.parent / "answers", benchmark.name, view)
+        file = answers_file(self.path.parent / "answers", benchmark, view)
         if not file.is_file():
             raise ValueError(f"{file} is missing")
         told = {key: line["text"] for key, line in stored(file, benchmark.questions()).items()}

@@ -188,7 +188,7 @@ def collect(results: Mapping[str, Any], found: Sequence[Benchmark], folder: Path
     for benchmark in found:
         views = results["benchmarks"][benchmark.name]
         questions = benchmark.questions()
-        lines = {view: stored(answers_file(folder, benchmark.name, view), questions) for view in views}
+        lines = {view: stored(answers_file(folder, benchmark, view), questions) for view in views}
         items[benchmark.name] = [
             Item(
                 benchmark.name,

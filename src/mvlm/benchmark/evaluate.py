@@ -64,7 +64,7 @@ def evaluate(
         own["max_new_tokens"] = min(benchmark.max_new_tokens, max_new_tokens or benchmark.max_new_tokens)
         results[benchmark.name] = {}
         for view in views:
-            path = answers_file(folder, benchmark.name, view)
+            path = answers_file(folder, benchmark, view)
             lines = answer_all(model, questions, path, title=f"{benchmark.name} {view}", control=view, **own)
             score = benchmark.score({key: line["text"] for key, line in lines.items()})
             cut = sum(not line["stopped"] for line in lines.values())
@@ -73,9 +73,9 @@ def evaluate(
     return {"protocol": PROTOCOL, "benchmarks": results, "avg": avg}
 
 
-def answers_file(folder: Path, name: str, view: Control) -> Path:
+def answers_file(folder: Path, benchmark: Benchmark, view: Control) -> Path:
     """Where the answers to a benchmark are stored, of the true pictures and of each control."""
-    return folder / (f"{name}.jsonl" if view == "none" else f"{name}-{view}.jsonl")
+    return folder / (f"{benchmark.name}.jsonl" if view == "none" else f"{benchmark.name}-{view}.jsonl")
 
 
 def answer_all(
