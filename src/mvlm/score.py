@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mvlm import build
-from mvlm.benchmark.base import Benchmark, Protocol, Question
+from mvlm.benchmark.base import Benchmark, Protocol, Question, digest
 from mvlm.benchmark.evaluate import answers_file, evaluate, stored
 from mvlm.benchmark.ranks import ranks
 from mvlm.data.corpus import Corpus
@@ -231,13 +231,12 @@ def fingerprint(questions: Sequence[Question]) -> dict[str, Any]:
     Returns:
         {"sha256": of ids, prompts, truths and the pictures' contents, "pictures": {question id: number of its picture}}
     """
-    whole, number, content = sha256(), {}, {}
+    whole, number = sha256(), {}
+    content = {picture: digest(picture) for picture in {q.image for q in questions}}
     for q in questions:
-        if q.image not in content:
-            data = b"" if q.image is None else q.image if isinstance(q.image, bytes) else q.image.read_bytes()
-            number[q.image], content[q.image] = len(number), sha256(data).hexdigest()
+        number.setdefault(content[q.image], len(number))
         whole.update(json.dumps([q.id, q.text, q.truth, content[q.image]], default=str).encode())
-    return {"sha256": whole.hexdigest(), "pictures": {q.id: number[q.image] for q in questions}}
+    return {"sha256": whole.hexdigest(), "pictures": {q.id: number[content[q.image]] for q in questions}}
 
 
 def collect(results: Mapping[str, Any], found: Sequence[Benchmark], folder: Path) -> dict[str, list[Item]]:

@@ -126,3 +126,13 @@ def test_bad_input(benchmark, tmp_path):
 def test_empty_and_very_long_answers_are_wrong_and_no_error(benchmark, protocol, answer):
     score = SQA(benchmark.folder, protocol).score({case["id"]: answer for case in SEEN})
     assert (score.value, score.detail["count without a letter"]) == (0, len(SEEN))
+
+
+def test_files_of_one_content_are_one_picture(benchmark):
+    """The interval draws whole pictures, and a picture asked about in several problems has a file in each."""
+    for number, case in enumerate(SEEN):
+        path = benchmark.folder / "images" / "test" / case["id"] / "image.png"
+        path.write_bytes(bytes([number // 2]))
+    score = benchmark.score({case["id"]: case["prediction"] or "" for case in SEEN})
+    assert len(score.sums.by_picture) == (len(SEEN) + 1) // 2
+    assert score.sums.by_picture[:, 1].max() == 2

@@ -9,7 +9,6 @@ of one question at a time; in half precision sums over another number of rows ma
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
-from hashlib import sha256
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mvlm.batch import IMAGE_TOKEN
-from mvlm.benchmark.base import Picture, Question
+from mvlm.benchmark.base import Picture, Question, digest
 from mvlm.model.mobilevlm import MobileVLM
 
 Control = Literal["none", "blind", "shuffled"]
@@ -136,10 +135,10 @@ def _others(questions: Sequence[Question]) -> dict[Picture, Picture]:
     is replaced by the next.
     """
     pictures = dict.fromkeys(q.image for q in questions if q.image is not None)
-    content = {p: sha256(p if isinstance(p, bytes) else p.read_bytes()).digest() for p in pictures}
-    first: dict[bytes, Picture] = {}
-    for picture, digest in content.items():
-        first.setdefault(digest, picture)
+    content = {picture: digest(picture) for picture in pictures}
+    first: dict[str, Picture] = {}
+    for picture, key in content.items():
+        first.setdefault(key, picture)
     ring = sorted(first)
     if len(ring) == 1:
         raise ValueError(
@@ -147,7 +146,7 @@ def _others(questions: Sequence[Question]) -> dict[Picture, Picture]:
             "take more questions, or leave this control out"
         )
     following = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-    return {picture: first[following[digest]] for picture, digest in content.items()}
+    return {picture: first[following[key]] for picture, key in content.items()}
 
 
 def _dealt(

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -184,6 +185,13 @@ def _counts(questions: Sequence[Question]) -> Counter[str]:
 
 def _told(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def digest(picture: Picture | None) -> str:
+    """SHA-256 of a picture file's bytes: two files of one content are one picture. Empty without a picture."""
+    if picture is None:
+        return ""
+    return sha256(picture if isinstance(picture, bytes) else picture.read_bytes()).hexdigest()
 
 
 def require(path: Path, source: str) -> Path:

@@ -7,7 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mvlm.benchmark.base import LETTER, Benchmark, Protocol, Question, Score, mean_score, other_layout, read_json
+from mvlm.benchmark.base import (
+    LETTER,
+    Benchmark,
+    Protocol,
+    Question,
+    Score,
+    digest,
+    mean_score,
+    other_layout,
+    read_json,
+)
 
 LETTERS = "ABCDE"
 FAILED = "FAILED"
@@ -115,4 +125,5 @@ class SQA(Benchmark):
         for subject in sorted({q.group for q in questions if q.group}):
             some = [marks[q.id] for q in questions if q.group == subject]
             detail[subject] = 100 * sum(some) / len(some)
-        return mean_score(marks, [q.image for q in questions], len(questions), detail)
+        pictures = [digest(q.image) for q in questions]  # each problem has a file of its own, be it another's picture
+        return mean_score(marks, pictures, len(questions), detail)
