@@ -39,8 +39,9 @@ form { position: sticky; top: 0; background: var(--page); padding: 10px 0; displ
 select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 4px 8px; }
 a { color: #2a6fdb; } @media (prefers-color-scheme: dark) { a { color: #7fb0ff; } }
 [hidden] { display: none; }
-figure { margin: 0; background: var(--card); border-radius: 8px; padding: 12px; } figcaption { color: var(--soft); font-size: 13px; }
-svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+figure { flex: 1 1 380px; max-width: 544px; box-sizing: border-box; margin: 0; background: var(--card); border-radius: 8px; padding: 12px; }
+figcaption { color: var(--soft); font-size: 13px; }
+figure svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 """
 SCRIPT = """
 const selects = [...document.querySelectorAll("select")], items = [...document.querySelectorAll(".card li")];

@@ -222,7 +222,7 @@ def compare(a: Side, b: Side, view: str = "none", root: str | Path | None = None
 
     Args:
         view: `none` compares the answers to the true pictures, `blind` or `shuffled` those of a control.
-        root: folder of the benchmark files; where A's results.json says they are if None.
+        root: folder of the benchmark files; where A's or B's results.json says they are if None.
 
     Returns:
         The report in plain types, differences being B - A; and the flipped questions, for the page: at most PAGE_QUESTIONS,
@@ -237,6 +237,8 @@ def compare(a: Side, b: Side, view: str = "none", root: str | Path | None = None
     if not names:
         reasons = "\n".join(f"  {name}: {why}" for name, why in skipped.items())
         raise ValueError(f"{a.path} and {b.path} have no benchmark that can be compared:\n{reasons}")
+    said = [side.results.get("corpus", "") for side in (a, b)]
+    root = root or next((folder for folder in said if Path(folder).is_dir()), said[0])
     found: dict[str, dict[str, Any]] = {}
     shown: list[Shown] = []
     apart: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -244,7 +246,7 @@ def compare(a: Side, b: Side, view: str = "none", root: str | Path | None = None
         one, two = (side.results["benchmarks"][name][view] for side in (a, b))
         entry = found[name] = both(one, two)
         try:
-            made = benchmark(name, root or a.results.get("corpus", ""), one.get("protocol", a.results["protocol"]))
+            made = benchmark(name, root, one.get("protocol", a.results["protocol"]))
             *sums, items = flipped(a, b, made, view)
             shown += [flip(item) for item in spread(items, PAGE_QUESTIONS // len(names))]
         except (ValueError, OSError) as error:
