@@ -78,7 +78,7 @@ def test_losses_are_pinned(parts) -> None:
     assert [round(e["loss"], 3) for e in stage.history] == pytest.approx(PINNED, abs=2e-3)
 
 
-PINNED = [5.531, 5.347, 5.229]
+PINNED = [5.534, 5.339, 5.230]
 
 
 @pytest.mark.parametrize("strategy", ["freeze_llm", "unfreeze_llm", "sharegpt4v"])
