@@ -70,3 +70,9 @@ def test_it_is_off_by_default(configure) -> None:
     assert fit.validation(cfg, build.corpus(cfg)) == []
     (one,) = fit.validation(configure("model=nano", "val_every=5", "benchmark=[pope]"), build.corpus(cfg))
     assert isinstance(one, BenchmarkMetric)
+
+
+@pytest.mark.parametrize(("terminal", "every"), [(True, 1), (False, 20)])
+def test_the_bar_fills_no_log_file(monkeypatch, terminal: bool, every: int) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    assert fit.Bar("finetune").refresh_rate == every

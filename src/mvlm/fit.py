@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -303,10 +304,13 @@ def _world_size(trainer: dict[str, Any]) -> int:
 
 
 class Bar(TQDMProgressBar):
-    """Progress of a whole stage in micro-batches: rate, time left, loss, and the gap between true and other pictures."""
+    """Progress of a whole stage in micro-batches: rate, time left, loss, and the gap between true and other pictures.
+
+    A file or a pipe keeps every state of the bar, so there it moves every twentieth micro-batch only.
+    """
 
     def __init__(self, stage: str) -> None:
-        super().__init__(leave=True)
+        super().__init__(leave=True, refresh_rate=1 if sys.stdout.isatty() else 20)
         self.stage = stage
 
     def get_metrics(self, trainer, module) -> dict:
