@@ -12,7 +12,7 @@ demo: setup ## fetch the pocket model's parts, train and score one cell, print w
 	@page=$$(ls -t runs/*/index.html 2>/dev/null | head -n 1); echo "the page of this run: $${page:-none was written}"
 
 test: setup ## the fast tests, on a CPU
-	@$(run) -m pytest -q
+	@$(run) -m pytest -q -n 2 --dist loadfile
 
 test-slow: setup ## the tests that train
 	@$(run) -m pytest -q -m slow
@@ -20,7 +20,7 @@ test-slow: setup ## the tests that train
 check: setup ## style, then the fast tests
 	@$(run) -m ruff check
 	@$(run) -m ruff format --check
-	@$(run) -m pytest -q
+	@$(run) -m pytest -q -n 2 --dist loadfile
 
 setup: ## only the environment
 	@./setup.sh

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from mvlm import report
 from mvlm.benchmark.base import Sums
 from mvlm.run import Run
 from mvlm.score import collect
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def mean(sums: np.ndarray) -> np.ndarray:
@@ -237,3 +241,13 @@ def test_the_stored_answers_of_every_view_are_collected(scored) -> None:
         name: len(views["none"]["per_question"]) for name, views in results["benchmarks"].items()
     }
     assert all(item.outcome == "right with no picture" and not item.right for some in items.values() for item in some)
+
+
+@pytest.mark.parametrize(
+    ("compare", "view", "told"),
+    [(["a"], "none", "name two run folders"), (["a", "b"], "seen", "view is none, blind or shuffled, not 'seen'")],
+)
+def test_the_script_refuses_what_it_cannot_compare(compare, view, told):
+    main = runpy.run_path(str(ROOT / "report.py"))["main"]
+    with pytest.raises(ValueError, match=told):
+        main(OmegaConf.create({"compare": compare, "view": view}))
