@@ -146,6 +146,8 @@ def test_the_harness_protocol_stands_beside_the_papers(shell, trained: Run) -> N
         trained.folder / "index-harness.html"
     ).read_text()
     assert {name: (trained.folder / name).read_bytes() for name in paper} == paper
+    for page, other in (("index", "wrong"), ("wrong", "index")):
+        assert f'href="{other}-harness.html"' in (trained.folder / f"{page}-harness.html").read_text()
 
 
 @pytest.mark.slow

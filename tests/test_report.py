@@ -77,7 +77,7 @@ def test_more_questions_a_picture_are_no_more_evidence() -> None:
     one, two = [1] * 6 + [0] * 14 + [1] * 30, [0] * 6 + [1] * 14 + [1] * 30
     once = marks(one), marks(two)
     often = [marks(np.repeat(values, 10), np.repeat(range(50), 10)) for values in (one, two)]
-    for kind in (report.exchanged, report.drawn_again):
+    for kind in (report.exchanged, report.bootstrapped):
         apart = [kind(*sums, np.random.default_rng(0)) for sums in (once, often)]
         assert apart[0] == pytest.approx(apart[1])
     assert report.mcnemar(60, 140) < 1e-7 < 0.1 < report.mcnemar(6, 14)
@@ -86,7 +86,7 @@ def test_more_questions_a_picture_are_no_more_evidence() -> None:
 def test_the_interval_is_that_of_paired_differences() -> None:
     one = [1] * 60 + [0] * 100 + [1] * 840
     two = [0] * 60 + [1] * 100 + [1] * 840
-    low, high = np.quantile(report.drawn_again(marks(one), marks(two), np.random.default_rng(0)), [0.025, 0.975])
+    low, high = np.quantile(report.bootstrapped(marks(one), marks(two), np.random.default_rng(0)), [0.025, 0.975])
     half = 196 * math.sqrt((0.16 - 0.04**2) / 1000)  # normal, variance of a difference from its flips
     # A 2.5 % quantile of 10,000 draws is known to 2.7 % of a standard deviation of 1.26; four times that; steps are of 0.1.
     assert (low, high) == pytest.approx((4 - half, 4 + half), abs=0.15)

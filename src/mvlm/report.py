@@ -34,7 +34,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mvlm.benchmark.base import Benchmark, Protocol, Sums
+from mvlm.benchmark.base import Benchmark, Protocol, Sums, drawn_again, percent
 from mvlm.benchmark.evaluate import AVERAGED, answers_file, stored
 from mvlm.cli import CONF
 from mvlm.page import CONTROLS, Shown, document, gallery, spread, table
@@ -63,13 +63,10 @@ def exchanged(a: Sums, b: Sums, draw: np.random.Generator, draws: int = DRAWS) -
     return b.value(b.by_picture.sum(0) - moves) - a.value(a.by_picture.sum(0) + moves)
 
 
-def drawn_again(a: Sums, b: Sums, draw: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
-    """Differences b - a, (draws,), on as many pictures drawn with replacement, the same for both."""
-    pictures, width = a.by_picture.shape
-    both = np.hstack([a.by_picture, b.by_picture])
-    totals = np.stack(
-        [np.bincount(draw.integers(pictures, size=pictures), minlength=pictures) @ both for _ in range(draws)]
-    )
+def bootstrapped(a: Sums, b: Sums, draw: np.random.Generator, draws: int = DRAWS) -> np.ndarray:
+    """Differences b - a, (draws,), on pictures drawn again, the same for both."""
+    width = a.by_picture.shape[1]
+    totals = drawn_again(np.hstack([a.by_picture, b.by_picture]), draw, draws)
     return b.value(totals[:, width:]) - a.value(totals[:, :width])
 
 
@@ -189,10 +186,7 @@ def sums_of_marks(a: Side, b: Side, name: str, view: str) -> tuple[Sums, Sums]:
         raise ValueError("which questions share a picture is not recorded: evaluate again")
     keys = list(one["per_question"])
     rows = [pictures.get(key, key) for key in keys]
-    first, second = (
-        Sums.of([(score["per_question"][k], 1) for k in keys], rows, lambda sums: 100 * sums[:, 0] / sums[:, 1])
-        for score in (one, two)
-    )
+    first, second = (Sums.of([(score["per_question"][k], 1) for k in keys], rows, percent) for score in (one, two))
     return first, second
 
 
@@ -257,7 +251,7 @@ def compare(a: Side, b: Side, view: str = "none", root: str | Path | None = None
                 entry["note"] += f", and without interval and test ({error})"
                 continue
         draw = np.random.default_rng(list(name.encode()))  # its own, whatever else is compared
-        apart[name] = drawn_again(*sums, draw), exchanged(*sums, draw)
+        apart[name] = bootstrapped(*sums, draw), exchanged(*sums, draw)
         entry |= {"pictures": len(sums[0].by_picture), **told_apart(entry["difference"], *apart[name])}
         marks = {*one["per_question"].values(), *two["per_question"].values()}
         if entry["pictures"] == entry["questions"] and marks <= {0, 1} and is_mean(one) and is_mean(two):

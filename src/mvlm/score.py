@@ -372,7 +372,7 @@ def page_of(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[Item
     scores = f'<div class="top">{score_table(rows(results))}{curve_figure(history)}</div>'
     total = sum(map(len, items.values()))
     heading = f"{len(shown)} of {total} questions, with their answers"
-    links = '<p><a href="wrong.html">The wrong answers, to be filtered</a></p>'
+    links = f'<p><a href="wrong{beside(results)}.html">The wrong answers, to be filtered</a></p>'
     return document(run.folder.name, note, {"Scores": scores, heading: links + gallery(shown)})
 
 
@@ -399,6 +399,6 @@ def wrong_page(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[I
         f"{about(run, results)}. Wrong is a mark below 0.5. At most {share} a benchmark are shown, evenly spread over its wrong "
         "answers; answers/ holds all."
     )
-    links = '<p><a href="index.html">Scores</a></p>'
+    links = f'<p><a href="index{beside(results)}.html">Scores</a></p>'
     title = f"{run.folder.name}: wrong answers"
     return document(title, note, {"Counts": links + table(head, counts), "Wrong answers": gallery(shown, filters=True)})

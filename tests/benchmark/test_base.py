@@ -10,8 +10,8 @@ import pytest
 from mvlm.benchmark.base import (
     Benchmark,
     Question,
+    Sums,
     answered,
-    interval,
     mean_score,
     read_json,
     require_pictures,
@@ -95,7 +95,7 @@ def test_questions_of_one_picture_count_as_one():
 
 def test_the_interval_is_the_same_every_time():
     counts = [(k % 3 == 0, 1) for k in range(50)]
-    once, twice = (interval(counts, range(50), lambda s: s[:, 0] / s[:, 1]) for _ in range(2))
+    once, twice = (Sums.of(counts, range(50), lambda s: s[:, 0] / s[:, 1]).interval() for _ in range(2))
     assert once == twice
 
 

@@ -60,24 +60,19 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     trained = Run.find(cfg.run) if cfg.run else None
     whole = trained.config if trained else cfg
-    words, talk = build.tokenizer(whole), build.talk(whole)
+    words = build.tokenizer(whole)
     model = build.trained(trained) if trained else build.model(cfg)
     if not trained:
         build.pretrained(model, cfg)
     half = build.autocast_type(build.precision("auto")) == torch.bfloat16
     precision = cfg.precision if cfg.precision != "auto" else "bfloat16" if half else "float32"
-    model = model.to(getattr(torch, precision)).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to(getattr(torch, precision)).to(build.device()).eval()
 
     folder = Path(cfg.benchmark_root or build.corpus(whole).benchmarks)
     found = score.benchmarks(cfg.benchmark, folder)
     questions = [q for benchmark in found for q in benchmark.questions()[: cfg.questions]]
-    common = {
-        "encode_prompt": lambda text, seen: talk.prompt(text, words, image_tokens=model.image_tokens, has_image=seen),
-        "decode": words.decode,
-        "pictures": build.pictures(whole, "finetune"),
-        "stop_ids": frozenset(talk.stop_ids(words)),
-        "max_new_tokens": cfg.max_new_tokens,
-    }
+    common = build.asking(whole, words, lambda: model) | {"max_new_tokens": cfg.max_new_tokens}
+    del common["cropped"]  # both ways show a picture as the model was trained on it
     ways: dict[str, Callable[[Sequence[Question]], dict[str, str]]] = {
         "batched loop": lambda some: {
             a.question.id: a.text for a in answers(model, some, batch_size=cfg.batch_size, **common)

@@ -67,6 +67,30 @@ class Sums:
         np.add.at(by_picture, rows, np.asarray(counts, float))
         return cls(by_picture, value)
 
+    def interval(self, resamples: int = 1000) -> tuple[float, float]:
+        """95 % bootstrap interval of the score, the 2.5 % and the 97.5 % quantile, the same at every call.
+
+        It covers the choice of questions only: not the training's seed, and when every answer is right (or wrong) it has no
+        width.
+
+        Args:
+            resamples: R; the ends move by a few hundredths of the width from 1,000 on.
+        """
+        totals = drawn_again(self.by_picture, np.random.default_rng(0), resamples)
+        low, high = np.quantile(self.value(totals), [0.025, 0.975])
+        return float(low), float(high)
+
+
+def drawn_again(by_picture: np.ndarray, draw: np.random.Generator, draws: int) -> np.ndarray:
+    """Totals, (draws, K), of as many pictures drawn with replacement as there are: (P, K)."""
+    n = len(by_picture)
+    return np.stack([np.bincount(draw.integers(n, size=n), minlength=n) @ by_picture for _ in range(draws)])
+
+
+def percent(sums: np.ndarray) -> np.ndarray:
+    """(R, 2) totals of marks and of what was marked -> (R,) means in percent."""
+    return 100 * sums[:, 0] / sums[:, 1]
+
 
 @dataclass(frozen=True)
 class Score:
@@ -83,7 +107,7 @@ class Score:
     detail: dict[str, float]
     """Figures beside the main one, in percent, MME's in points; counts where the name says so."""
     interval: tuple[float, float]
-    """95 % interval of `value`, see `interval`."""
+    """95 % interval of `value`, see `Sums.interval`."""
     protocol: str = "paper"
     official: str | None = None
     """The published version that the files hold by their counts; None for any others (generated, cut, newer)."""
@@ -154,13 +178,16 @@ class Benchmark(ABC):
             )
         return found
 
-    def score(self, predictions: Mapping[str, str]) -> Score:
+    def score(self, predictions: Mapping[str, str], questions: Sequence[Question] | None = None) -> Score:
         """The protocol's score of the answers by question id.
+
+        Args:
+            questions: those to score: all, where they were read already, or a part; None reads them.
 
         Raises:
             ValueError: an answer is missing.
         """
-        questions = self.questions()
+        questions = self.questions() if questions is None else questions
         answered(questions, predictions)
         score = self.marked(questions, predictions)
         return replace(score, protocol=self.protocol, official=self.version(questions))
@@ -279,31 +306,6 @@ def answered(questions: Sequence[Question], predictions: Mapping[str, str]) -> N
         )
 
 
-def interval(
-    counts: Sequence[Sequence[float]],
-    pictures: Iterable[Hashable],
-    value: Callable[[np.ndarray], np.ndarray],
-    resamples: int = 1000,
-) -> tuple[float, float]:
-    """95 % bootstrap interval of a score, resampling pictures.
-
-    It covers the choice of questions only: not the training's seed, and when every answer is right (or wrong) it has no
-    width.
-
-    Args:
-        counts, pictures, value: as for `Sums.of`.
-        resamples: R; the ends move by a few hundredths of the width from 1,000 on.
-
-    Returns:
-        The 2.5 % and the 97.5 % quantile, the same at every call.
-    """
-    sums = Sums.of(counts, pictures, value)
-    draw, n = np.random.default_rng(0), len(sums.by_picture)
-    totals = [np.bincount(draw.integers(n, size=n), minlength=n) @ sums.by_picture for _ in range(resamples)]
-    low, high = np.quantile(value(np.stack(totals)), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def mean_score(
     marks: Mapping[str, float], pictures: Sequence[Hashable], items: int, detail: Mapping[str, float]
 ) -> Score:
@@ -315,13 +317,13 @@ def mean_score(
         items: questions behind the marks.
     """
     value = 100 * sum(marks.values()) / len(marks)
-    made_of = ([(mark, 1) for mark in marks.values()], pictures, lambda sums: 100 * sums[:, 0] / sums[:, 1])
+    sums = Sums.of([(mark, 1) for mark in marks.values()], pictures, percent)
     return Score(
         value=value,
         unit_value=value,
         items=items,
         per_question=dict(marks),
         detail=dict(detail),
-        interval=interval(*made_of),
-        sums=Sums.of(*made_of),
+        interval=sums.interval(),
+        sums=sums,
     )

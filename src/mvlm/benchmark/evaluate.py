@@ -85,7 +85,7 @@ def evaluate(
         for view in views:
             path = answers_file(folder, benchmark, view)
             told[view] = ask(path, title=f"{name} {view}", control=view)
-        results[name] = {view: _scored(benchmark, lines) for view, lines in told.items()}
+        results[name] = {view: _scored(benchmark, questions, lines) for view, lines in told.items()}
         if flips:
             alone = {"batch_size": 1, "features": {}}  # its picture, too, is encoded alone
             single = ask(answers_file(folder, benchmark, "single"), title=f"{name} one at a time", **alone)
@@ -123,8 +123,10 @@ def own_loop(
     return loop | {"max_new_tokens": min(benchmark.max_new_tokens, max_new_tokens or benchmark.max_new_tokens)}
 
 
-def _scored(benchmark: Benchmark, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    score = benchmark.score({key: line["text"] for key, line in lines.items()})
+def _scored(
+    benchmark: Benchmark, questions: Sequence[Question], lines: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    score = benchmark.score({key: line["text"] for key, line in lines.items()}, questions)
     cut = sum(not line["stopped"] for line in lines.values())
     return score.as_dict() | {"cut": cut, "precision": _precisions(lines.values())}
 

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from mvlm.benchmark.answer import answers
-from mvlm.benchmark.base import Benchmark, Picture, Question, answered
+from mvlm.benchmark.base import Benchmark, Picture, Question
 from mvlm.benchmark.evaluate import average, own_loop
 from mvlm.model.mobilevlm import MobileVLM
 
@@ -88,8 +88,7 @@ class BenchmarkMetric(Metric):
             for line in bytes(state.tolist()).splitlines():
                 key, text = json.loads(line)
                 said.setdefault(key, text)
-        answered(self.questions, said)
-        score = self.benchmark.marked(self.questions, said)
+        score = self.benchmark.score(said, self.questions)
         values = {"value": score.value, "unit_value": score.unit_value, "items": score.items}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 

@@ -14,7 +14,6 @@ from mvlm.benchmark.base import (
     Question,
     Score,
     Sums,
-    interval,
     other_layout,
     read_text,
     require,
@@ -105,10 +104,10 @@ class MME(Benchmark):
             counts[row, PERCEPTION.index(one.group)] = both, 2, both == 2, 1
         detail = dict(zip(PERCEPTION, points(counts.sum(0)).tolist(), strict=True))
         total = sum(detail.values())
-        made_of = (
+        sums = Sums.of(
             counts.reshape(len(counts), -1),
             [one.image for one, _ in pairs],
-            lambda sums: points(sums.reshape(len(sums), len(PERCEPTION), 4)).sum(-1) / 20,
+            lambda totals: points(totals.reshape(len(totals), len(PERCEPTION), 4)).sum(-1) / 20,
         )
         return Score(
             value=total / 20,
@@ -116,6 +115,6 @@ class MME(Benchmark):
             items=len(questions),
             per_question=right,
             detail=detail | {"count neither yes nor no": list(answers.values()).count("other")},
-            interval=interval(*made_of),
-            sums=Sums.of(*made_of),
+            interval=sums.interval(),
+            sums=sums,
         )

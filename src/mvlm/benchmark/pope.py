@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mvlm.benchmark.base import SHORT, Benchmark, Protocol, Question, Score, Sums, interval, other_layout, read_text
+from mvlm.benchmark.base import SHORT, Benchmark, Protocol, Question, Score, Sums, other_layout, read_text
 
 SPLITS = ("random", "popular", "adversarial")
 LABELS = ("yes", "no")
@@ -82,15 +82,16 @@ class POPE(Benchmark):
         for place, split in enumerate(SPLITS):
             detail |= figures(split, counts[:, place].sum(0))
         flat = counts.reshape(len(questions), -1)
-        made_of = (flat, [q.image for q in questions], lambda sums: figure(sums.reshape(-1, *counts.shape[1:])))
+        pictures = [q.image for q in questions]
+        sums = Sums.of(flat, pictures, lambda totals: figure(totals.reshape(-1, *counts.shape[1:])))
         return Score(
             value=value,
             unit_value=value,
             items=len(questions),
             per_question={q.id: float(words[q.id] == q.truth) for q in questions},
             detail=detail,
-            interval=interval(*made_of),
-            sums=Sums.of(*made_of),
+            interval=sums.interval(),
+            sums=sums,
         )
 
 

@@ -397,25 +397,25 @@ def short_answers(scenes: Sequence[Scene], count: int, turns: int, rng: random.R
     return _dialogues("short", scenes, count, rng, lambda s, r: _recognition(s, turns, r), write, fewest=2)
 
 
-def _told(say: Callable[[Scene, random.Random], str], write: Writer) -> Writer:
+def _told(write: Writer) -> Writer:
     """Writes the same turns, the scene told in words before the first: looking up an answer is learned far faster in text."""
 
     def told(scene: Scene, settled: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
         (first, answer), *more = write(scene, settled, rng)
-        return [(f"{say(scene, rng)}\n{first}", answer), *more]
+        return [(f"{dense_caption(scene, rng)}\n{first}", answer), *more]
 
     return told
 
 
 def described(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
     """The questions of `short_answers` with words instead of a picture."""
-    write = _told(dense_caption, lambda scene, settled, rng: _suffixed(settled))
+    write = _told(lambda scene, settled, rng: _suffixed(settled))
     return _dialogues("described", scenes, count, rng, lambda s, r: _recognition(s, turns, r), write, 2, picture=False)
 
 
 def described_letters(scenes: Sequence[Scene], count: int, turns: int, rng: random.Random) -> list[Record]:
     """The questions of `iconqa` with words instead of a picture."""
-    write = _told(dense_caption, _lettered)
+    write = _told(_lettered)
     return _dialogues("described", scenes, count, rng, lambda s, r: choices(s, turns, r), write, 2, picture=False)
 
 
