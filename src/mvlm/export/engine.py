@@ -1,0 +1,350 @@
+"""llama.cpp, always in a process of its own: a file that it can't stand ends the process, and that must not be ours.
+
+The engine is the package xllamacpp, a wheel with llama.cpp inside. Texts and tokens come from its server, as a user of
+the files would get them; image embeddings, which the server does not tell, from llama.cpp's C functions in the same
+library. One thread: two pools of threads on one machine wait for each other.
+
+This file runs on both sides. The near side is `look`, `ask` and `quantise`; `python -m mvlm.export.engine` is the far
+side, which reads one task as JSON and writes a line of JSON an item. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PACKAGE, TESTED = "xllamacpp", "2026.10.11549"
+"""The engine, and the version that this was written with; its last number is llama.cpp's build."""
+
+MARKER = "<__media__>"
+"""Where a picture stands in a prompt of llama.cpp's."""
+
+
+class Said(NamedTuple):
+    """llama.cpp's answer to one prompt."""
+
+    ids: list[int]
+    stopped: bool
+    """False if the limit cut it off."""
+    top: list[dict[int, float] | None]
+    """At each step, log-probabilities of the likeliest ids; None where the server kept none (within a character)."""
+    prompt: list[list[int]]
+    """Ids of the prompt's pieces before and after the picture."""
+    chat: str
+    """The prompt that llama.cpp's own chat writes for the same question."""
+
+
+class Ask(NamedTuple):
+    """One prompt."""
+
+    prompt: str
+    """The whole text, MARKER where the picture stands."""
+    question: str
+    """The question alone, for the chat."""
+    picture: bytes | None
+    """A PNG file."""
+
+
+class EngineError(ValueError):
+    """The engine is missing, ended, or refused; the message says which, and what it said last."""
+
+
+def engine() -> str:
+    """The engine's name and version.
+
+    Raises:
+        EngineError: there is none.
+    """
+    try:
+        return f"{PACKAGE} {version(PACKAGE)}"
+    except PackageNotFoundError:
+        raise EngineError(
+            f"there is no llama.cpp here to prove the files with: pip install {PACKAGE}=={TESTED}, "
+            "or write them unproven, under names that say so, with gate=false"
+        ) from None
+
+
+# -------------------------------------------------------------------------------------------------- the near side
+
+
+def look(language: Path, mmproj: Path, pictures: Sequence[bytes]) -> list[np.ndarray] | None:
+    """Image embeddings, (M, D) a picture; None if this build of the engine does not give them away."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = {
+            "do": "look",
+            "out": str(Path(folder) / "embeddings"),
+            **_files(language, mmproj),
+            "pictures": _text(pictures),
+        }
+        lines = list(_task(task))
+        if lines[-1] is None:
+            return None
+        return [np.load(name) for name in lines]
+
+
+def ask(
+    language: Path,
+    mmproj: Path,
+    prompts: Sequence[Ask],
+    *,
+    limit: int,
+    top: int = 5,
+    reuse: bool = False,
+    context: int = 4096,
+) -> Iterator[Said]:
+    """Greedy answers, in order.
+
+    Args:
+        limit: tokens of an answer.
+        top: how many log-probabilities a step.
+        reuse: keep what two prompts begin with in common; quicker, and no longer computed each in the same way.
+        context: positions for prompt and answer.
+    """
+    asked = [
+        {"prompt": p, "question": q, "picture": base64.b64encode(i).decode() if i else None} for p, q, i in prompts
+    ]
+    task = {"do": "ask", **_files(language, mmproj), "asked": asked, "limit": limit, "top": top, "reuse": reuse}
+    for line in _task(task | {"context": context}):
+        yield Said(**line | {"top": _at_steps(line["ids"], line["top"])})
+
+
+def _at_steps(ids: Sequence[int], kept: Sequence[tuple[int, dict[str, float]]]) -> list[dict[int, float] | None]:
+    """Log-probabilities at the steps they belong to.
+
+    The server keeps none for a token that ends within a character, so there may be fewer than steps, each with its token.
+    Laid along the answer from both ends, they are taken where both ways agree.
+    """
+    forwards, backwards = {}, {}
+    step = -1
+    for place, (token, _) in enumerate(kept):
+        step = ids.index(token, step + 1)
+        forwards[step] = place
+    step = len(ids)
+    for place in reversed(range(len(kept))):
+        step -= 1
+        while ids[step] != kept[place][0]:
+            step -= 1
+        backwards[step] = place
+    sure = {step: kept[place][1] for step, place in forwards.items() if backwards.get(step) == place}
+    return [{int(i): p for i, p in sure[step].items()} if step in sure else None for step in range(len(ids))]
+
+
+def quantise(source: Path, target: Path, quant: str) -> dict[str, int]:
+    """A float16 language model with fewer bits. Returns how many matrices have which type."""
+    (counts,) = _task({"do": "quantise", "source": str(source), "target": str(target), "quant": quant})
+    return counts
+
+
+def _files(language: Path, mmproj: Path) -> dict[str, str]:
+    from mvlm.export.vision import check_file  # here: the far side needs no torch
+
+    check_file(mmproj, language)
+    return {"language": str(language), "mmproj": str(mmproj)}
+
+
+def _text(pictures: Sequence[bytes]) -> list[str]:
+    return [base64.b64encode(picture).decode() for picture in pictures]
+
+
+def _task(task: dict[str, Any]) -> Iterator[Any]:
+    """Run a task on the far side; its items as they come.
+
+    Raises:
+        EngineError: there is no engine, or the process ended otherwise than by finishing.
+    """
+    name = engine()
+    env = os.environ | {"LLAMA_MEDIA_MARKER": MARKER, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryFile("w+") as asked:
+        json.dump(task, asked)
+        asked.seek(0)
+        far = subprocess.Popen(
+            [sys.executable, "-m", "mvlm.export.engine"],
+            stdin=asked,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=env,
+            text=True,
+        )
+        try:
+            for line in far.stdout:
+                yield json.loads(line)
+        finally:
+            far.kill() if far.poll() is None and sys.exc_info()[0] else None
+            code = far.wait()
+        if code:
+            log.seek(0)
+            said = [line.strip() for line in log if line.strip()]
+            why = next(
+                (line for line in said if "GGML_ASSERT" in line or "GGML_ABORT" in line), said[-1] if said else ""
+            )
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+            raise EngineError(f"{name} {how} over {task['do']}: {why[:300] or 'it said nothing'}")
+
+
+# --------------------------------------------------------------------------------------------------- the far side
+
+
+def _library() -> ctypes.CDLL:
+    import xllamacpp.xllamacpp
+
+    return ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+
+
+class _Defaults(ctypes.Structure):
+    """llama_model_params as the library fills it, handed back as it is: larger than any version's, and never looked into."""
+
+    _fields_ = [("words", ctypes.c_uint64 * 64)]
+
+
+class _ImageParams(ctypes.Structure):
+    """The beginning of mtmd_context_params; the rest is handed back as it is."""
+
+    _fields_ = [
+        ("use_gpu", ctypes.c_bool),
+        ("device", ctypes.c_void_p),
+        ("print_timings", ctypes.c_bool),
+        ("n_threads", ctypes.c_int),
+        ("image_marker", ctypes.c_char_p),
+        ("media_marker", ctypes.c_char_p),
+        ("flash_attn_type", ctypes.c_int),
+        ("warmup", ctypes.c_bool),
+        ("words", ctypes.c_uint64 * 64),
+    ]
+
+
+class _InputText(ctypes.Structure):
+    _fields_ = [
+        ("text", ctypes.c_char_p),
+        ("length", ctypes.c_size_t),
+        ("add_special", ctypes.c_bool),
+        ("parse_special", ctypes.c_bool),
+    ]
+
+
+def _look(task: dict[str, Any]) -> Iterator[str | None]:
+    """Each picture's embeddings into a file of its own; None if the library's functions are not as they are known here."""
+    from PIL import Image
+
+    lib = _library()
+    try:
+        params = _returning(lib.mtmd_context_params_default, _ImageParams)()
+        known = params.media_marker == _returning(lib.mtmd_default_marker, ctypes.c_char_p)() and params.n_threads == 4
+    except AttributeError:
+        known = False
+    if not known:  # another layout: nothing is set blindly
+        yield None
+        return
+    params.use_gpu, params.n_threads, params.print_timings = False, 1, False
+    load = _returning(lib.llama_model_load_from_file, ctypes.c_void_p)
+    start = _returning(lib.mtmd_init_from_file, ctypes.c_void_p)
+    words = _returning(lib.llama_model_default_params, _Defaults)()
+    model = ctypes.c_void_p(load(task["language"].encode(), words))
+    context = ctypes.c_void_p(start(task["mmproj"].encode(), model, params) if model else None)
+    if not context:
+        raise SystemExit("llama.cpp could not load the files")
+    width = lib.llama_model_n_embd_inp(model)
+    marker = params.media_marker
+    text = _InputText(marker, len(marker), False, True)
+    for number, picture in enumerate(task["pictures"]):
+        image = Image.open(BytesIO(base64.b64decode(picture))).convert("RGB")
+        bitmap = ctypes.c_void_p(_returning(lib.mtmd_bitmap_init, ctypes.c_void_p)(*image.size, image.tobytes()))
+        chunks = ctypes.c_void_p(_returning(lib.mtmd_input_chunks_init, ctypes.c_void_p)())
+        bitmaps = (ctypes.c_void_p * 1)(bitmap)
+        if lib.mtmd_tokenize(context, chunks, ctypes.byref(text), bitmaps, ctypes.c_size_t(1)):
+            raise SystemExit("llama.cpp could not read a picture")
+        chunk = ctypes.c_void_p(_returning(lib.mtmd_input_chunks_get, ctypes.c_void_p)(chunks, ctypes.c_size_t(0)))
+        count = _returning(lib.mtmd_input_chunk_get_n_tokens, ctypes.c_size_t)(chunk)
+        if lib.mtmd_encode_chunk(context, chunk):
+            raise SystemExit("llama.cpp could not encode a picture")
+        values = _returning(lib.mtmd_get_output_embd, ctypes.POINTER(ctypes.c_float))(context)
+        name = f"{task['out']}-{number}.npy"
+        np.save(name, np.ctypeslib.as_array(values, (count, width)))
+        yield name
+
+
+def _returning(function: Any, kind: Any) -> Any:
+    function.restype = kind
+    return function
+
+
+class _Server:
+    """xllamacpp's server in this process, and the address it listens on."""
+
+    def __init__(self, language: str, mmproj: str, context: int) -> None:
+        import xllamacpp
+
+        p = xllamacpp.CommonParams()
+        p.model.path, p.mmproj.path = language, mmproj
+        p.n_ctx, p.n_parallel = context, 1
+        p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
+        p.n_gpu_layers, p.mmproj_use_gpu = 0, False
+        p.hostnames, p.port, p.ui = ["127.0.0.1"], 0, False
+        self._server = xllamacpp.Server(p)
+        self._address = self._server.listening_address
+
+    def __call__(self, path: str, **body: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self._address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+
+def _ask(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    server = _Server(task["language"], task["mmproj"], task["context"])
+    greedy = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "return_tokens": True, "cache_prompt": task["reuse"]}
+    for one in task["asked"]:
+        prompt, content = {"prompt_string": one["prompt"]}, [{"type": "text", "text": one["question"]}]
+        if one["picture"]:
+            prompt["multimodal_data"] = [one["picture"]]
+            url = {"url": f"data:image/png;base64,{one['picture']}"}
+            content = [{"type": "image_url", "image_url": url}, *content]
+        said = server("/completion", prompt=prompt, n_predict=task["limit"], n_probs=task["top"], **greedy)
+        pieces = enumerate(one["prompt"].split(MARKER))
+        yield {
+            "ids": said["tokens"],
+            "stopped": said["stop_type"] == "eos",
+            "top": [
+                (step["id"], {t["id"]: t["logprob"] for t in step["top_logprobs"]})
+                for step in said["completion_probabilities"]
+            ],
+            "prompt": [
+                server("/tokenize", content=p, add_special=n == 0, parse_special=True)["tokens"] for n, p in pieces
+            ],
+            "chat": server("/apply-template", messages=[{"role": "user", "content": content}])["prompt"],
+        }
+
+
+def _quantise(task: dict[str, Any]) -> Iterator[dict[str, int]]:
+    from mvlm.export.quantise import quantise
+
+    yield quantise(Path(task["source"]), Path(task["target"]), task["quant"], _library())
+
+
+def main() -> None:
+    """The far side: one task from standard input, a line of JSON an item to standard output."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what llama.cpp prints goes to the log
+    task = json.load(sys.stdin)
+    for item in {"look": _look, "ask": _ask, "quantise": _quantise}[task["do"]](task):
+        out.write(json.dumps(item) + "\n")
+        out.flush()
+    out.flush()
+    os._exit(0)  # the server's threads would be waited for
+
+
+if __name__ == "__main__":
+    main()
