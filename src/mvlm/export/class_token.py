@@ -17,10 +17,15 @@ from torch import Tensor
 from mvlm.model.vision import Vision
 
 CURE = (
-    "in llama.cpp's tools/mtmd/models/llava.cpp swap the operands: "
-    "ggml_concat(ctx0, model.class_embedding, inp, 1), and build it"
+    "Build a llama.cpp in which tools/mtmd/models/llava.cpp joins ggml_concat(ctx0, model.class_embedding, inp, 1), "
+    "the class token first: that one line is right to float16's precision."
 )
-"""One line of a build, found right to float16's precision."""
+
+PATCH = (
+    "sed -i 's/ggml_concat(ctx0, inp, model.class_embedding, 1)/ggml_concat(ctx0, model.class_embedding, inp, 1)/' "
+    '"$llama/tools/mtmd/models/llava.cpp"'
+)
+"""The same as a command, `$llama` being the folder of llama.cpp."""
 
 
 def has_class_token(vision: Vision) -> bool:

@@ -2,7 +2,7 @@
 
 The engine is the package xllamacpp, a wheel with llama.cpp inside. Texts and tokens come from its server, as a user of
 the files would get them; image embeddings, which the server does not tell, from llama.cpp's C functions in the same
-library. One thread: two pools of threads on one machine wait for each other.
+library. One thread unless more are asked for: two pools of threads on one machine wait for each other.
 
 This file runs on both sides. The near side is `look`, `ask` and `quantise`; `python -m mvlm.export.engine` is the far
 side, which reads one task as JSON and writes a line of JSON an item. It imports no torch.
@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PACKAGE, TESTED = "xllamacpp", "2026.10.11549"
-"""The engine, and the version that this was written with; its last number is llama.cpp's build."""
+PACKAGE, TESTED, BUILD = "xllamacpp", "2026.10.11549", "b11549"
+"""The engine, the version that this was written with, and the build of llama.cpp in it."""
 
 MARKER = "<__media__>"
 """Where a picture stands in a prompt of llama.cpp's."""
@@ -80,14 +81,15 @@ def engine() -> str:
 # -------------------------------------------------------------------------------------------------- the near side
 
 
-def look(language: Path, mmproj: Path, pictures: Sequence[bytes]) -> list[np.ndarray] | None:
+def look(language: Path, mmproj: Path, pictures: Sequence[bytes], *, threads: int = 1) -> list[np.ndarray] | None:
     """Image embeddings, (M, D) a picture; None if this build of the engine does not give them away."""
     with tempfile.TemporaryDirectory() as folder:
         task = {
             "do": "look",
             "out": str(Path(folder) / "embeddings"),
             **_files(language, mmproj),
-            "pictures": _text(pictures),
+            "pictures": [_text(picture) for picture in pictures],
+            "threads": threads,
         }
         lines = list(_task(task))
         if lines[-1] is None:
@@ -104,6 +106,7 @@ def ask(
     top: int = 5,
     reuse: bool = False,
     context: int = 4096,
+    threads: int = 1,
 ) -> Iterator[Said]:
     """Greedy answers, in order.
 
@@ -113,11 +116,9 @@ def ask(
         reuse: keep what two prompts begin with in common; quicker, and no longer computed each in the same way.
         context: positions for prompt and answer.
     """
-    asked = [
-        {"prompt": p, "question": q, "picture": base64.b64encode(i).decode() if i else None} for p, q, i in prompts
-    ]
+    asked = [{"prompt": p, "question": q, "picture": _text(picture) if picture else None} for p, q, picture in prompts]
     task = {"do": "ask", **_files(language, mmproj), "asked": asked, "limit": limit, "top": top, "reuse": reuse}
-    for line in _task(task | {"context": context}):
+    for line in _task(task | {"context": context, "threads": threads}):
         yield Said(**line | {"top": _at_steps(line["ids"], line["top"])})
 
 
@@ -155,8 +156,8 @@ def _files(language: Path, mmproj: Path) -> dict[str, str]:
     return {"language": str(language), "mmproj": str(mmproj)}
 
 
-def _text(pictures: Sequence[bytes]) -> list[str]:
-    return [base64.b64encode(picture).decode() for picture in pictures]
+def _text(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
 
 
 def _task(task: dict[str, Any]) -> Iterator[Any]:
@@ -181,9 +182,10 @@ def _task(task: dict[str, Any]) -> Iterator[Any]:
         try:
             for line in far.stdout:
                 yield json.loads(line)
-        finally:
-            far.kill() if far.poll() is None and sys.exc_info()[0] else None
             code = far.wait()
+        finally:  # also if nobody wants the rest
+            far.kill()
+            far.wait()
         if code:
             log.seek(0)
             said = [line.strip() for line in log if line.strip()]
@@ -247,7 +249,7 @@ def _look(task: dict[str, Any]) -> Iterator[str | None]:
     if not known:  # another layout: nothing is set blindly
         yield None
         return
-    params.use_gpu, params.n_threads, params.print_timings = False, 1, False
+    params.use_gpu, params.n_threads, params.print_timings = False, task["threads"], False
     load = _returning(lib.llama_model_load_from_file, ctypes.c_void_p)
     start = _returning(lib.mtmd_init_from_file, ctypes.c_void_p)
     words = _returning(lib.llama_model_default_params, _Defaults)()
@@ -283,13 +285,13 @@ def _returning(function: Any, kind: Any) -> Any:
 class _Server:
     """xllamacpp's server in this process, and the address it listens on."""
 
-    def __init__(self, language: str, mmproj: str, context: int) -> None:
+    def __init__(self, language: str, mmproj: str, context: int, threads: int) -> None:
         import xllamacpp
 
         p = xllamacpp.CommonParams()
         p.model.path, p.mmproj.path = language, mmproj
         p.n_ctx, p.n_parallel = context, 1
-        p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
+        p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
         p.n_gpu_layers, p.mmproj_use_gpu = 0, False
         p.hostnames, p.port, p.ui = ["127.0.0.1"], 0, False
         self._server = xllamacpp.Server(p)
@@ -299,12 +301,15 @@ class _Server:
         request = urllib.request.Request(
             self._address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise SystemExit(f"the server refused {path}: {error.read().decode(errors='replace')}") from None
 
 
 def _ask(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    server = _Server(task["language"], task["mmproj"], task["context"])
+    server = _Server(task["language"], task["mmproj"], task["context"], task["threads"])
     greedy = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "return_tokens": True, "cache_prompt": task["reuse"]}
     for one in task["asked"]:
         prompt, content = {"prompt_string": one["prompt"]}, [{"type": "text", "text": one["question"]}]
