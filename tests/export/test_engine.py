@@ -1,0 +1,66 @@
+"""llama.cpp in a process of its own: what it says arrives, and what ends it is told."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+from mvlm.export import engine as far
+from mvlm.export import gate, vision
+from mvlm.export.container import vector
+from mvlm.export.engine import EngineError
+
+
+def test_without_an_engine_it_says_so(monkeypatch, bench, tmp_path):
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(far, "version", missing)
+    files = bench.write(tmp_path)
+    with pytest.raises(EngineError, match=r"there is no llama.cpp here .* pip install xllamacpp==.* gate=false"):
+        far.look(*files, gate.pictures(96))
+    with pytest.raises(EngineError):
+        bench.gate().check(*files)
+
+
+def test_a_file_that_ends_the_process_is_told_and_ours_goes_on(engine, bench, tmp_path, monkeypatch):
+    """The check is left out, as if llama.cpp had found a new reason."""
+    spoilt = bench.write(
+        tmp_path,
+        vision_tensors=lambda ts: [vector(t.name, t.value) if "peg.0.weight" in t.name else t for t in ts],
+    )
+    monkeypatch.setattr(vision, "check_file", lambda *files: None)
+    with pytest.raises(EngineError, match=r"xllamacpp \S+ was ended by signal 6 over look: .*GGML_ASSERT"):
+        far.look(*spoilt, gate.pictures(96))
+
+
+def test_what_the_server_refuses_is_told(engine, bench, tmp_path):
+    ask = gate.prompt(bench.talk, "x" * 500, None)
+    with pytest.raises(EngineError, match=r"ended with code 1 over ask: the server refused /completion: .*context"):
+        list(far.ask(*bench.write(tmp_path), [ask], limit=2, context=256))
+
+
+def test_a_question_at_a_time_and_nobody_need_wait_for_the_rest(engine, bench, tmp_path):
+    asked = [gate.prompt(bench.talk, "What?", picture) for picture in (*gate.pictures(96), None)]
+    files = bench.write(tmp_path)
+    said = list(far.ask(*files, asked, limit=4))
+    assert len(said) == 4 and all(
+        len(one.prompt) == (1 if ask.picture is None else 2) for ask, one in zip(asked, said, strict=True)
+    )
+    assert next(iter(far.ask(*files, asked, limit=4))) == said[0]
+
+
+@pytest.mark.parametrize(
+    "ids, kept, at",
+    [
+        ([7, 8, 9], [7, 8, 9], [0, 1, 2]),
+        ([7, 8, 9], [7, 9], [0, None, 1]),  # 8 ended within a character
+        ([7, 7, 9], [7, 9], [None, None, 1]),  # whichever 7 it was
+        ([7, 8, 7, 9], [8, 9], [None, 0, None, 1]),
+        ([7, 8], [], [None, None]),
+    ],
+)
+def test_log_probabilities_find_their_steps(ids, kept, at):
+    tops = [(token, {str(number): -1.0}) for number, token in enumerate(kept)]
+    assert far._at_steps(ids, tops) == [None if place is None else {place: -1.0} for place in at]

@@ -1,0 +1,203 @@
+"""The gate: true files pass it, and whatever is wrong with one does not."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from io import BytesIO
+
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+
+from mvlm.data.tokenizer import load_tokenizer
+from mvlm.export import engine as far
+from mvlm.export import gate
+from mvlm.export.container import Stored
+from mvlm.export.gate import Answer, drift, shared, tanh_gelu
+
+from .conftest import changed, fitted, llama, small
+from .test_vision import CONTROLS
+
+CHAT = "tokenizer.chat_template"
+
+
+def test_the_pictures_are_always_the_same():
+    """Their pixels, for how they are packed is Pillow's matter."""
+    sizes = [Image.open(BytesIO(file)).size for file in gate.pictures(96)]
+    assert sizes == [(96, 96), (160, 96), (57, 115)]
+    assert [Image.open(BytesIO(f)).tobytes() for f in gate.pictures(96)] == [
+        Image.open(BytesIO(f)).tobytes() for f in gate.pictures(96)
+    ]
+
+
+@pytest.mark.parametrize("which", ["bench", "pieces_bench"])
+def test_true_files_pass(engine, request, tmp_path, which):
+    """Byte-level BPE with chatml and a tied head; sentencepiece with the reference's template and a head of its own."""
+    bench = request.getfixturevalue(which)
+    held = bench.gate()
+    parity = held.check(*bench.write(tmp_path))
+    assert parity.passed, parity.faults
+    assert parity.file.questions == 13 and len(parity.file.partings) == len(parity.ties)
+    assert parity.file.logprob < gate.LOGPROB / 2
+    json.dumps(parity.as_dict())
+
+
+def test_the_end_of_an_answer_is_among_its_ids(engine, bench, tmp_path):
+    """`agreement` relies on it: an answer that llama.cpp ended is as long as ours up to and with the same last id."""
+    spoilt = llama()  # whose every answer ends at once: the end's row is the mean of what it is compared with
+    with torch.no_grad():
+        spoilt.model.norm.weight.copy_(torch.ones(64))
+        spoilt.model.embed_tokens.weight[2] = 5 * spoilt.model.embed_tokens.weight[[10, 110, 60]].mean(0)
+    ends = bench.with_model(small(language=spoilt))
+    said = list(far.ask(*ends.write(tmp_path), [ask for ask, _ in ends.gate().asked], limit=12))
+    ended = [one for one in said if one.stopped]
+    assert ended and all(one.ids[-1] in (0, 2) for one in ended)
+    assert all(one.ids[-1] not in (0, 2) and len(one.ids) == 12 for one in said if not one.stopped)
+
+
+def test_a_quantised_file_is_held_against_its_own_weights(engine, bench, tmp_path):
+    own = bench.with_model(small(language=llama()))
+    language, mmproj = own.write(tmp_path)
+    held = own.gate()
+    whole = held.check(language, mmproj)
+    far.quantise(language, tmp_path / "q4.gguf", "q4_0")
+    less = held.check(tmp_path / "q4.gguf", mmproj, "q4_0")
+    assert whole.passed and less.passed, less.faults
+    assert less.run.first_logprob > 2 * less.file.first_logprob, "4 bits change this model, and that is told"
+    assert less.run.tokens < whole.run.tokens == whole.file.tokens
+
+
+def neighbours_apart(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of queries as transformers has them."""
+    return rows.unflatten(0, (4, -1, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def gate_for_up(tensors: list[Stored]) -> list[Stored]:
+    other = {"ffn_gate": "ffn_up", "ffn_up": "ffn_gate"}
+    return [t._replace(name=re.sub("ffn_gate|ffn_up", lambda found: other[found[0]], t.name)) for t in tensors]
+
+
+LANGUAGE_CONTROLS = {
+    "queries not turned": {"language_tensors": changed("attn_q.weight", neighbours_apart)},
+    "another base of rotation": {
+        "language_table": lambda t: t | {"llama.rope.freq_base": t["llama.rope.freq_base"] * 2}
+    },
+    "no line break after the picture": {"language_table": lambda t: t | {CHAT: t[CHAT].replace("'__>\\n'", "'__>'")}},
+    "gate and up changed": {"language_tensors": gate_for_up},
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_CONTROLS)
+def test_a_spoilt_language_model_does_not_pass(engine, bench, tmp_path, name):
+    parity = bench.gate().check(*bench.write(tmp_path, **LANGUAGE_CONTROLS[name]))
+    assert not parity.passed
+    assert max(parity.embedding) < gate.EMBEDDING, "the pictures are not to blame"
+    assert any(("chat writes" if "line break" in name else "log-prob") in fault for fault in parity.faults)
+
+
+def test_another_rule_for_words_does_not_pass(engine, bench, bytes_folder, tmp_path):
+    """A tokenizer that splits digits, written as one that does not: seen before any answer is."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["12 boats, 12 or 20 to 12, the picture, the picture"], trainer)
+    shutil.copytree(bytes_folder, tmp_path / "words")
+    split = tokenizers.pre_tokenizers
+    bpe.pre_tokenizer = split.Sequence([split.Digits(True), split.ByteLevel(add_prefix_space=False)])
+    bpe.save(str(tmp_path / "words" / "tokenizer.json"))
+    words = load_tokenizer(tmp_path / "words")
+    own = replace(bench, model=small(language=llama(words.vocab_size)), words=words, words_folder=tmp_path / "words")
+    assert own.gate().check(*own.write(tmp_path)).passed
+    parity = own.gate().check(*own.write(tmp_path, language_table=lambda t: t | {"tokenizer.ggml.pre": "gpt-2"}))
+    assert any("tokenises the prompt to" in fault for fault in parity.faults)
+
+
+@pytest.mark.parametrize("name", [name for name in CONTROLS if "mean" not in name])
+def test_without_embeddings_the_answers_tell(engine, bench, tmp_path, name, monkeypatch):
+    """An engine that keeps its embeddings to itself: what is wrong with tower or projector shows in what is said."""
+    monkeypatch.setattr(far, "look", lambda *files, **how: None)
+    parity = bench.gate().check(*bench.write(tmp_path, **CONTROLS[name]))
+    assert parity.embedding is None and not parity.passed
+
+
+def test_without_embeddings_no_order_of_the_class_token_is_assumed(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(far, "look", lambda *files, **how: None)
+    monkeypatch.setattr(far, "engine", lambda: "engine 1")
+    own = bench.with_model(small(class_token=True))
+    parity = own.gate().check_embeddings(*own.write(tmp_path))
+    assert not parity.passed and parity.class_token == "unknown"
+    assert bench.gate().check_embeddings(*bench.write(tmp_path)).passed
+
+
+def test_pictures_that_llama_cpp_would_fit_otherwise_are_given_fitted(engine, bench, tmp_path):
+    """A model trained on padded pictures: as they are, wide ones would differ; fitted first, none does."""
+    padded = replace(bench, look=fitted(mode="pad"))
+    files = padded.write(tmp_path)
+    assert padded.gate().check_embeddings(*files).passed
+    raw = padded.gate()
+    raw.files = gate.pictures(96)
+    raw.seen = gate.embeddings(padded.model, padded.look, raw.files)
+    parity = raw.check_embeddings(*files)
+    assert parity.embedding[0] < gate.EMBEDDING and min(parity.embedding[1:]) > gate.RESIZED
+
+
+def test_one_gelu_while_it_is_asked_for():
+    model = small()
+    acts = [model.projector.act, *(block.mlp.act for block in model.vision.tower.blocks)]
+    assert {act.approximate for act in acts} == {"none"}
+    with tanh_gelu(model):
+        assert {m.approximate for m in model.modules() if isinstance(m, torch.nn.GELU)} == {"tanh"}
+    assert [model.projector.act, *(block.mlp.act for block in model.vision.tower.blocks)] == acts
+
+
+def test_our_answers_are_those_of_generate(bench):
+    """The second way to compute it."""
+    ask, number = bench.gate().asked[0]
+    seen = bench.gate().seen[number]
+    ids = bench.talk.prompt(ask.question, bench.words, image_tokens=144, has_image=True)
+    ours = gate.answer(bench.model, ids, seen, {2}, 12)
+    embedded = bench.model.embed(torch.tensor([ids]), seen[None])
+    mask = torch.ones(embedded.shape[:2], dtype=torch.long)
+    said = bench.model.language.generate(
+        inputs_embeds=embedded, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=2
+    )
+    assert ours.ids == said[0].tolist()
+
+
+def test_where_answers_part():
+    assert [shared([1, 2, 3], there) for there in ([1, 2, 3], [1, 2], [1, 5, 3], [])] == [3, 2, 1, 0]
+    our = Answer([0, 1], torch.tensor([[-0.5, -1.0], [-2.0, -0.1]]))
+    said = far.Said([0, 0], False, [{0: -0.6, 1: -1.0}, {1: -0.4}], [], "")
+    assert drift(our, said, 1) == pytest.approx([0.1, 0.3])
+    assert drift(our, said, 0) == pytest.approx([0.1]), "after the parting the two answer different texts"
+    assert drift(our, said._replace(top=[None, None]), 1) == [0, 0]
+
+
+def test_near_ties_are_told_and_clear_ones_are_faults(bench):
+    held = bench.gate()
+    both = [Answer([1], torch.tensor([[-1.0, -1.0 + lead]])) for lead in (0.01, 1.0)]
+    said = [far.Said([0], False, [{0: -1.0}], [], "")] * 2
+    parity = gate.Parity("f16", None, "none", file=held.agreement(both, said))
+    held._judge(parity)
+    assert parity.ties == ["question 1 parts at token 1, where PyTorch leads by 0.010"]
+    assert len(parity.faults) == 1 and parity.faults[0].startswith(
+        "question 2 parts at token 1, where PyTorch leads by 1.000"
+    )
+
+
+def test_not_a_number_does_not_pass(bench):
+    """Comparisons with it are false, so the bounds are asked the other way round."""
+    assert gate._too_far([float("nan"), 0.0]) and gate._too_far([float("inf")])
+    parity = gate.Parity("f16", None, "none", file=gate.Agreement(1, [], 1.0, float("nan"), float("nan")))
+    bench.gate()._judge(parity)
+    assert not parity.passed
