@@ -36,26 +36,25 @@ def test_the_pictures_are_always_the_same():
 
 @pytest.mark.parametrize("which", ["bench", "pieces_bench"])
 def test_true_files_pass(engine, request, tmp_path, which):
-    """Byte-level BPE with chatml and a tied head; sentencepiece with the reference's template and a head of its own."""
+    """Byte-level BPE with chatml; sentencepiece with the reference's template."""
     bench = request.getfixturevalue(which)
     held = bench.gate()
     parity = held.check(*bench.write(tmp_path))
     assert parity.passed, parity.faults
-    assert parity.file.questions == 13 and len(parity.file.partings) == len(parity.ties)
+    assert parity.file.questions == 7 and len(parity.file.partings) == len(parity.ties)
     assert parity.file.logprob < gate.LOGPROB / 2
     json.dumps(parity.as_dict())
 
 
 def test_the_end_of_an_answer_is_among_its_ids(engine, bench, tmp_path):
     """`agreement` relies on it: an answer that llama.cpp ended is as long as ours up to and with the same last id."""
-    spoilt = llama()  # whose every answer ends at once: the end's row is the mean of what it is compared with
+    talker = llama()
     with torch.no_grad():
-        spoilt.model.norm.weight.copy_(torch.ones(64))
-        spoilt.model.embed_tokens.weight[2] = 5 * spoilt.model.embed_tokens.weight[[10, 110, 60]].mean(0)
-    ends = bench.with_model(small(language=spoilt))
+        talker.lm_head.weight[2] *= 3  # the end is the likeliest word every now and then
+    ends = bench.with_model(small(language=talker))
     said = list(far.ask(*ends.write(tmp_path), [ask for ask, _ in ends.gate().asked], limit=12))
     ended = [one for one in said if one.stopped]
-    assert ended and all(one.ids[-1] in (0, 2) for one in ended)
+    assert 0 < len(ended) and all(one.ids[-1] in (0, 2) for one in ended)
     assert all(one.ids[-1] not in (0, 2) and len(one.ids) == 12 for one in said if not one.stopped)
 
 

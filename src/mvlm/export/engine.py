@@ -30,6 +30,9 @@ import numpy as np
 PACKAGE, TESTED, BUILD = "xllamacpp", "2026.10.11549", "b11549"
 """The engine, the version that this was written with, and the build of llama.cpp in it."""
 
+FAILED = "mvlm failed:"
+"""What the far side's last words begin with."""
+
 MARKER = "<__media__>"
 """Where a picture stands in a prompt of llama.cpp's."""
 
@@ -189,9 +192,8 @@ def _task(task: dict[str, Any]) -> Iterator[Any]:
         if code:
             log.seek(0)
             said = [line.strip() for line in log if line.strip()]
-            why = next(
-                (line for line in said if "GGML_ASSERT" in line or "GGML_ABORT" in line), said[-1] if said else ""
-            )
+            told = (line for line in said if any(word in line for word in (FAILED, "GGML_ASSERT", "GGML_ABORT")))
+            why = next(told, said[-1] if said else "").split(FAILED)[-1].strip()
             how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
             raise EngineError(f"{name} {how} over {task['do']}: {why[:300] or 'it said nothing'}")
 
@@ -324,7 +326,7 @@ def _ask(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "stopped": said["stop_type"] == "eos",
             "top": [
                 (step["id"], {t["id"]: t["logprob"] for t in step["top_logprobs"]})
-                for step in said["completion_probabilities"]
+                for step in said.get("completion_probabilities", [])  # none if all of it is within a character
             ],
             "prompt": [
                 server("/tokenize", content=p, add_special=n == 0, parse_special=True)["tokens"] for n, p in pieces
@@ -344,10 +346,13 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what llama.cpp prints goes to the log
     task = json.load(sys.stdin)
-    for item in {"look": _look, "ask": _ask, "quantise": _quantise}[task["do"]](task):
-        out.write(json.dumps(item) + "\n")
-        out.flush()
-    out.flush()
+    try:
+        for item in {"look": _look, "ask": _ask, "quantise": _quantise}[task["do"]](task):
+            out.write(json.dumps(item) + "\n")
+            out.flush()
+    except BaseException as error:
+        print(f"{FAILED} {error or type(error).__name__}", file=sys.stderr, flush=True)
+        os._exit(1)
     os._exit(0)  # the server's threads would be waited for
 
 

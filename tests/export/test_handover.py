@@ -1,0 +1,203 @@
+"""From a run folder to the folder that goes to the device: whole and proven, or nothing under a final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from mvlm import build, score
+from mvlm.benchmark.evaluate import evaluate
+from mvlm.export import engine as far
+from mvlm.export import handover, vision
+from mvlm.export.class_token import has_class_token
+from mvlm.model.checkpoint import save_checkpoint
+from mvlm.run import Run, file_hash, write_json
+
+from .conftest import REFERENCE, lively
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = (
+    "model=nano", "model.grid=24", "model.module.vision.image_size=96", "+model.module.vision.patch_size=4",
+    "+model.module.vision.mlp_ratio=3", "model.pictures.size=96", "model.module.language.config.tie_word_embeddings=false",
+)  # fmt: skip
+"""The nano model on the grid that llama.cpp asks for."""
+
+
+@pytest.fixture
+def run_of(configure, tmp_path):
+    """`run_of("projector=pw2")`: the folder of a run that was never trained, but whose weights are lively."""
+
+    def made(*words: str) -> Run:
+        cfg = configure(*SMALL, *words)
+        run = Run(tmp_path / "small")
+        model = build.model(cfg)
+        for seed, part in enumerate((model.vision, model.projector, model.language)):
+            lively(part, seed)
+        save_checkpoint(model, run.folder / "finetune")
+        (run.folder / "finetune" / "stage.json").write_text("{}")
+        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), run.folder / "config.yaml")
+        return run
+
+    return made
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def test_a_run_becomes_a_folder(engine, configure, run_of):
+    run = run_of()
+    out = handover.export(configure(f"run={run.folder}", "quant=q4_0", page="export"))
+    assert out == run.folder / "gguf" / "q4_0" and names(out.parent) == {"q4_0"}
+    files = {"language": "small-q4_0.gguf", "mmproj": "mmproj-small-f16.gguf"}
+    assert names(out) == {*files.values(), "manifest.json", "README.md", "jetson.sh"}
+    about = json.loads((out / "manifest.json").read_text())
+    for role, name in files.items():
+        told = about["files"][role]
+        assert told == {"name": name, "bytes": (out / name).stat().st_size, "sha256": file_hash(out / name)}
+    assert about["proven"] and [parity["quant"] for parity in about["parity"]] == ["f16", "q4_0"]
+    assert all(parity["passed"] for parity in about["parity"]) and about["engine"].startswith("xllamacpp ")
+    weights = run.folder / "finetune" / "model.safetensors"
+    assert about["from"]["weights_sha256"] == {"model.safetensors": file_hash(weights)}
+    assert about["from"]["config"]["model"]["grid"] == 24
+    assert about["matrices"] == {"Q4_0": 15, "Q8_0": 1}
+    vision.check_file(out / files["mmproj"], out / files["language"])
+    card = (out / "README.md").read_text()
+    assert "| q4_0 |" in card and "has not been run" in card and about["files"]["language"]["sha256"][:16] in card
+    subprocess.run(["bash", "-n", out / "jetson.sh"], check=True)
+    # A second time: the old folder is replaced as a whole.
+    (out / "old").touch()
+    handover.export(configure(f"run={run.folder / 'finetune'}", "quant=q4_0", page="export"))
+    assert names(out) == {*files.values(), "manifest.json", "README.md", "jetson.sh"}
+    again = json.loads((out / "manifest.json").read_text())
+    assert again["files"] == about["files"], "the same weights make the same files, byte for byte"
+
+
+def test_a_failed_gate_leaves_no_name(engine, configure, run_of, monkeypatch):
+    run = run_of()
+    true = vision.metadata
+    monkeypatch.setattr(
+        vision, "metadata", lambda *words: {k: v for k, v in true(*words).items() if k != "clip.vision.feature_layer"}
+    )
+    with pytest.raises(ValueError) as told:
+        handover.export(configure(f"run={run.folder}", page="export"))
+    assert "does not compute what PyTorch does" in str(told.value)
+    assert "f16: the image embeddings of picture 1 are" in str(told.value)
+    assert names(run.folder / "gguf") == {"f16.failed"}
+    assert names(run.folder / "gguf" / "f16.failed") == {"language-f16.gguf", "mmproj-f16.gguf", "parity.json"}
+    monkeypatch.undo()
+
+
+def test_without_an_engine_nothing_is_called_proven(configure, run_of, monkeypatch):
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    run = run_of()
+    with monkeypatch.context() as patch:
+        patch.setattr(far, "version", missing)
+        for words in ((), ("gate=false", "quant=q4_k")):
+            with pytest.raises(ValueError, match=r"there is no llama.cpp here"):
+                handover.export(configure(f"run={run.folder}", *words, page="export"))
+        assert names(run.folder) == {"config.yaml", "finetune"}
+        out = handover.export(configure(f"run={run.folder}", "gate=false", page="export"))
+    assert {"small-f16.unproven.gguf", "mmproj-small-f16.unproven.gguf"} <= names(out)
+    about = json.loads((out / "manifest.json").read_text())
+    assert not about["proven"] and about["parity"] == [] and about["engine"] is None
+    assert "these files were never run" in (out / "README.md").read_text()
+
+
+def test_what_llama_cpp_has_not_is_refused_before_anything_is_written(configure, run_of):
+    run = run_of("projector.pool=1")
+    with pytest.raises(ValueError, match=r"llama.cpp has no LDPv2 with pool=1"):
+        handover.export(configure(f"run={run.folder}", "gate=false", page="export"))
+    assert names(run.folder) == {"config.yaml", "finetune"}
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("quant=q5_k",), r"quant=q5_k: there is no such type \(there are: f16, q8_0, q4_0, q4_k\)"),
+        (("gate=false", "scores=true"), r"scores of unproven files"),
+    ],
+)
+def test_words_that_make_no_sense(configure, tmp_path, words, told):
+    with pytest.raises(ValueError, match=told):
+        handover.export(configure(f"run={tmp_path}", *words, page="export"))
+
+
+def test_a_class_token_is_told_on_the_files(engine, configure, run_of, capsys):
+    """Whichever order the build at hand has: a file that it can't run says so in its name, on its card and in its script."""
+    run = run_of("model.module.vision.class_token=true")
+    assert has_class_token(build.trained(run).vision)
+    out = handover.export(configure(f"run={run.folder}", page="export"))
+    about = json.loads((out / "manifest.json").read_text())
+    (order,) = {parity["class_token"] for parity in about["parity"]}
+    mend = order == "misordered"
+    assert about["needs a mended llama.cpp"] == mend and order in ("faithful", "misordered")
+    assert about["files"]["mmproj"]["name"].endswith("f16.needs-mended-llama.cpp.gguf" if mend else "f16.gguf")
+    assert ("Not for a llama.cpp as it comes" in (out / "README.md").read_text()) == mend
+    assert ("sed -i" in (out / "jetson.sh").read_text()) == mend
+    assert ("misplaces the class token" in capsys.readouterr().out) == mend
+
+
+@pytest.mark.parametrize("kind", ["ldpnetv2", "ldpnet", "mlp2x_gelu"])
+def test_a_released_checkpoint(engine, configure, tmp_path, monkeypatch, kind):
+    """The three kinds of released models, at toy size: CLIP with its class token, sentencepiece, pictures padded first."""
+    shutil.copytree(REFERENCE / "checkpoints" / kind, tmp_path / kind)
+    monkeypatch.chdir(REFERENCE)  # where `mm_vision_tower` leads
+    out = handover.export(configure(f"run={tmp_path / kind}", "quant=q8_0", page="export"))
+    about = json.loads((out / "manifest.json").read_text())
+    assert about["template"] == "v1" and about["pictures"]["mode"] == "pad"
+    assert all(parity["passed"] for parity in about["parity"])
+    assert any("Give it pictures fitted already, 336x336 px" in note for note in about["notes"])
+
+
+@pytest.mark.slow  # answers two benchmarks twice
+def test_scores_stand_beside_the_runs(engine, configure, run_of):
+    """A float16 file answers as PyTorch does, question by question, so the scores are the same."""
+    run = run_of()
+    cfg = configure(f"run={run.folder}", "benchmark=[gqa,pope]", "scores=true", page="export")
+    about = json.loads((handover.export(cfg) / "manifest.json").read_text())
+    assert all(row["pytorch"] is None for row in about["scores"]["benchmarks"].values()), "not measured yet"
+    files, words = build.corpus(run.config), build.tokenizer(run.config)
+    found = score.benchmarks(cfg.benchmark, files.benchmarks)
+    model = build.trained(run)
+    results = evaluate(
+        model, found, run.folder / "answers", max_new_tokens=32, **build.asking(run.config, words, lambda: model)
+    )
+    write_json(
+        run.folder / "results.json", results | {"questions": {b.name: score.fingerprint(b.questions()) for b in found}}
+    )
+    out = handover.export(cfg)
+    about = json.loads((out / "manifest.json").read_text())
+    same = total = 0
+    for name, row in about["scores"]["benchmarks"].items():
+        assert row["pytorch"] is not None and row["questions"] > 0
+        ours, theirs = (
+            [json.loads(line) for line in (folder / "answers" / f"{name}.jsonl").read_text().splitlines()]
+            for folder in (run.folder, out)
+        )
+        same += sum(a["text"] == b["text"] for a, b in zip(ours, theirs, strict=True))
+        total += len(ours)
+    assert same / total > 0.8, "a lively model has near ties in a long answer, and no more than that"
+
+
+@pytest.mark.slow
+def test_the_command(engine, configure, run_of, nano_cache):
+    run = run_of("projector=learnable_pe")
+    env = os.environ | {"MVLM_CACHE": str(nano_cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "export.py"), f"run={run.folder}"]
+    done = subprocess.run([*command, "quant=q8_0"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "passed" in done.stdout and "q8_0" in done.stdout
+    done = subprocess.run([*command, "quant=q9"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: quant=q9: there is no such type")
