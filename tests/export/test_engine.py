@@ -51,6 +51,26 @@ def test_a_question_at_a_time_and_nobody_need_wait_for_the_rest(engine, bench, t
     assert next(iter(far.ask(*files, asked, limit=4))) == said[0]
 
 
+def test_a_library_of_another_layout_is_not_used_blindly(engine, monkeypatch):
+    """Where the defaults do not stand where they are looked for, nothing is set and nothing is called."""
+
+    class Other:
+        def __getattr__(self, name: str):
+            assert name in ("mtmd_context_params_default", "mtmd_default_marker")
+            return Function(far._ImageParams() if name.endswith("params_default") else b"<__media__>")
+
+    class Function:
+        def __init__(self, value) -> None:
+            self.value = value
+
+        def __call__(self):
+            return self.value
+
+    monkeypatch.setattr(far, "_library", Other)
+    with pytest.raises(SystemExit, match=r"its C functions are others than those of 2026.10.11549: take that version"):
+        next(far._look({}))
+
+
 @pytest.mark.parametrize(
     "ids, kept, at",
     [

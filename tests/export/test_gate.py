@@ -54,7 +54,7 @@ def test_the_end_of_an_answer_is_among_its_ids(engine, bench, tmp_path):
     ends = bench.with_model(small(language=talker))
     said = list(far.ask(*ends.write(tmp_path), [ask for ask, _ in ends.gate().asked], limit=12))
     ended = [one for one in said if one.stopped]
-    assert 0 < len(ended) and all(one.ids[-1] in (0, 2) for one in ended)
+    assert len(ended) > 0 and all(one.ids[-1] in (0, 2) for one in ended)
     assert all(one.ids[-1] not in (0, 2) and len(one.ids) == 12 for one in said if not one.stopped)
 
 
@@ -121,21 +121,15 @@ def test_another_rule_for_words_does_not_pass(engine, bench, bytes_folder, tmp_p
     assert any("tokenises the prompt to" in fault for fault in parity.faults)
 
 
-@pytest.mark.parametrize("name", [name for name in CONTROLS if "mean" not in name])
-def test_without_embeddings_the_answers_tell(engine, bench, tmp_path, name, monkeypatch):
-    """An engine that keeps its embeddings to itself: what is wrong with tower or projector shows in what is said."""
-    monkeypatch.setattr(far, "look", lambda *files, **how: None)
+SEEN = ("class token stored", "one block short", "unfolded layer scale", "transposed PEG", "transposed positions")
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_the_answers_tell_too(engine, bench, tmp_path, name):
+    """A fault of tower or projector shows in what is said, not in embeddings alone. (Another GELU changes embeddings by half a
+    percent, which only they show.)"""
     parity = bench.gate().check(*bench.write(tmp_path, **CONTROLS[name]))
-    assert parity.embedding is None and not parity.passed
-
-
-def test_without_embeddings_no_order_of_the_class_token_is_assumed(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(far, "look", lambda *files, **how: None)
-    monkeypatch.setattr(far, "engine", lambda: "engine 1")
-    own = bench.with_model(small(class_token=True))
-    parity = own.gate().check_embeddings(*own.write(tmp_path))
-    assert not parity.passed and parity.class_token == "unknown"
-    assert bench.gate().check_embeddings(*bench.write(tmp_path)).passed
+    assert any("parts at token" in fault or "log-prob" in fault for fault in parity.faults)
 
 
 def test_pictures_that_llama_cpp_would_fit_otherwise_are_given_fitted(engine, bench, tmp_path):
@@ -186,7 +180,7 @@ def test_near_ties_are_told_and_clear_ones_are_faults(bench):
     held = bench.gate()
     both = [Answer([1], torch.tensor([[-1.0, -1.0 + lead]])) for lead in (0.01, 1.0)]
     said = [far.Said([0], False, [{0: -1.0}], [], "")] * 2
-    parity = gate.Parity("f16", None, "none", file=held.agreement(both, said))
+    parity = gate.Parity("f16", [], [], "none", file=held.agreement(both, said))
     held._judge(parity)
     assert parity.ties == ["question 1 parts at token 1, where PyTorch leads by 0.010"]
     assert len(parity.faults) == 1 and parity.faults[0].startswith(
@@ -197,6 +191,6 @@ def test_near_ties_are_told_and_clear_ones_are_faults(bench):
 def test_not_a_number_does_not_pass(bench):
     """Comparisons with it are false, so the bounds are asked the other way round."""
     assert gate._too_far([float("nan"), 0.0]) and gate._too_far([float("inf")])
-    parity = gate.Parity("f16", None, "none", file=gate.Agreement(1, [], 1.0, float("nan"), float("nan")))
+    parity = gate.Parity("f16", [], [], "none", file=gate.Agreement(1, [], 1.0, float("nan"), float("nan")))
     bench.gate()._judge(parity)
     assert not parity.passed

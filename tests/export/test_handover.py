@@ -149,7 +149,9 @@ def test_a_class_token_is_told_on_the_files(engine, configure, run_of, capsys):
     assert ("misplaces the class token" in capsys.readouterr().out) == mend
 
 
-@pytest.mark.parametrize("kind", ["ldpnetv2", "ldpnet", "mlp2x_gelu"])
+@pytest.mark.parametrize(
+    "kind", ["ldpnetv2", *(pytest.param(k, marks=pytest.mark.slow) for k in ("ldpnet", "mlp2x_gelu"))]
+)
 def test_a_released_checkpoint(engine, configure, tmp_path, monkeypatch, kind):
     """The three kinds of released models, at toy size: CLIP with its class token, sentencepiece, pictures padded first."""
     shutil.copytree(REFERENCE / "checkpoints" / kind, tmp_path / kind)

@@ -17,10 +17,10 @@ HEAD = ("", "embeddings", "answers", "tokens", "log-prob: first, any", "gate")
 
 def parity_row(parity: dict[str, Any]) -> list[str]:
     """One file's comparison with PyTorch on the run's own weights, under HEAD."""
-    run, errors = parity["run"], parity["embedding_run"]
+    run = parity["run"]
     return [
         parity["quant"],
-        "not told" if errors is None else f"{max(errors):.2%} off",
+        f"{max(parity['embedding_run']):.2%} off",
         f"{run['same']} of {run['questions']}",
         f"{run['tokens']:.1%}",
         f"{run['first_logprob']:.3f}, {run['logprob']:.3f} off",
@@ -102,15 +102,11 @@ def ask_command(about: dict[str, Any], picture: str, question: str, program: str
     """The command that asks about a picture; the words go into it as they are."""
     llm, mmproj = _names(about)
     asked = f"--image {picture} -p {question}"
-    return f"{program} -m {llm} --mmproj {mmproj} --jinja --temp 0 -c {_context(about)} {asked}"
+    return f"{program} -m {llm} --mmproj {mmproj} --jinja --temp 0 -c {about['context']} {asked}"
 
 
 def _names(about: dict[str, Any]) -> list[str]:
     return [shlex.quote(about["files"][role]["name"]) for role in ("language", "mmproj")]
-
-
-def _context(about: dict[str, Any]) -> int:
-    return min(4096, about["context"])
 
 
 def jetson(about: dict[str, Any]) -> str:
@@ -118,6 +114,7 @@ def jetson(about: dict[str, Any]) -> str:
     llm, mmproj = _names(about)
     sums = "\n".join(f"{file['sha256']}  {file['name']}" for file in about["files"].values())
     mend = f"\n    {PATCH}  # the class token" if about["needs a mended llama.cpp"] else ""
+    context = about["context"]
     ask = ask_command(about, '"$2"', '"$3"', '"$bin/llama-mtmd-cli"')
     return f"""#!/usr/bin/env bash
 # {about["name"]}, {about["quant"]}, on a Jetson Orin (CUDA, compute capability 8.7).
@@ -142,7 +139,7 @@ sha256sum --quiet --check <<'END'
 END
 case ${{1:-}} in
     ask) {ask} -ngl 99 ;;
-    serve) "$bin/llama-server" -m {llm} --mmproj {mmproj} --jinja -c {_context(about)} -ngl 99 --host 0.0.0.0 --port 8080 ;;
+    serve) "$bin/llama-server" -m {llm} --mmproj {mmproj} --jinja -c {context} -ngl 99 --host 0.0.0.0 --port 8080 ;;
     speed) "$bin/llama-bench" -m {llm} -ngl 99 -p 256 -n 256 ;;
     *) sed -n '4,8p' "$0" && exit 2 ;;
 esac

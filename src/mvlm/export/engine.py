@@ -84,8 +84,8 @@ def engine() -> str:
 # -------------------------------------------------------------------------------------------------- the near side
 
 
-def look(language: Path, mmproj: Path, pictures: Sequence[bytes], *, threads: int = 1) -> list[np.ndarray] | None:
-    """Image embeddings, (M, D) a picture; None if this build of the engine does not give them away."""
+def look(language: Path, mmproj: Path, pictures: Sequence[bytes], *, threads: int = 1) -> list[np.ndarray]:
+    """Image embeddings, (M, D) a picture."""
     with tempfile.TemporaryDirectory() as folder:
         task = {
             "do": "look",
@@ -94,10 +94,7 @@ def look(language: Path, mmproj: Path, pictures: Sequence[bytes], *, threads: in
             "pictures": [_text(picture) for picture in pictures],
             "threads": threads,
         }
-        lines = list(_task(task))
-        if lines[-1] is None:
-            return None
-        return [np.load(name) for name in lines]
+        return [np.load(name) for name in _task(task)]
 
 
 def ask(
@@ -108,7 +105,7 @@ def ask(
     limit: int,
     top: int = 5,
     reuse: bool = False,
-    context: int = 4096,
+    context: int = 2048,
     threads: int = 1,
 ) -> Iterator[Said]:
     """Greedy answers, in order.
@@ -238,8 +235,8 @@ class _InputText(ctypes.Structure):
     ]
 
 
-def _look(task: dict[str, Any]) -> Iterator[str | None]:
-    """Each picture's embeddings into a file of its own; None if the library's functions are not as they are known here."""
+def _look(task: dict[str, Any]) -> Iterator[str]:
+    """Each picture's embeddings into a file of its own."""
     from PIL import Image
 
     lib = _library()
@@ -248,9 +245,8 @@ def _look(task: dict[str, Any]) -> Iterator[str | None]:
         known = params.media_marker == _returning(lib.mtmd_default_marker, ctypes.c_char_p)() and params.n_threads == 4
     except AttributeError:
         known = False
-    if not known:  # another layout: nothing is set blindly
-        yield None
-        return
+    if not known:  # nothing is set blindly
+        raise SystemExit(f"its C functions are others than those of {TESTED}: take that version")
     params.use_gpu, params.n_threads, params.print_timings = False, task["threads"], False
     load = _returning(lib.llama_model_load_from_file, ctypes.c_void_p)
     start = _returning(lib.mtmd_init_from_file, ctypes.c_void_p)

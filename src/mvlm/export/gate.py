@@ -123,9 +123,8 @@ def embeddings(model: MobileVLM, look: Pictures, files: Sequence[bytes], encode:
 def tanh_gelu(model: MobileVLM) -> Iterator[None]:
     """Tower and projector compute with llama.cpp's GELU meanwhile. Where a projector takes the difference of large features, the
     two GELUs alone make embeddings differ by half a percent, in which a small fault of the file could hide."""
-    exact = [
-        (part, name, act) for part in model.modules() for name, act in part.named_children() if isinstance(act, nn.GELU)
-    ]
+    acts = ((part, name, act) for part in model.modules() for name, act in part.named_children())
+    exact = [(part, name, act) for part, name, act in acts if type(act).__name__ == "GELU"]  # torch's and timm's
     for part, name, _ in exact:
         setattr(part, name, nn.GELU(approximate="tanh"))
     try:
@@ -194,13 +193,13 @@ class Parity:
     """What came out of a comparison."""
 
     quant: str
-    embedding: list[float] | None
-    """Relative error a picture, PyTorch computing with llama.cpp's GELU; None if the engine does not tell its embeddings."""
+    embedding: list[float]
+    """Relative error of each picture's, PyTorch computing with llama.cpp's GELU."""
+    embedding_run: list[float]
+    """The same with the GELU that the run was trained with: what changed in all."""
     class_token: str
     """`none`; or what this build of llama.cpp makes of it: `faithful` or `misordered`. Then everything was compared with what
     such a build must compute: the file is right, and another build is needed to run it."""
-    embedding_run: list[float] | None = None
-    """The same with the GELU that the run was trained with: what it is changed by in all."""
     file: Agreement | None = None
     """With PyTorch on the file's own weights (float16: on the run's)."""
     run: Agreement | None = None
@@ -253,7 +252,8 @@ class Gate:
         ours = self.answers(f"PyTorch, {quant}")
         self.of_the_run = self.of_the_run or ours
         step, said = self.progress(f"llama.cpp, {quant}", len(self.asked)), []
-        for one in engine.ask(language, mmproj, [ask for ask, _ in self.asked], limit=TOKENS, threads=self.threads):
+        how = {"limit": TOKENS, "context": context(self.model), "threads": self.threads}
+        for one in engine.ask(language, mmproj, [ask for ask, _ in self.asked], **how):
             said.append(one)
             step()
         for number, ((ask, _), one) in enumerate(zip(self.asked, said, strict=True), 1):
@@ -265,14 +265,8 @@ class Gate:
 
     def check_embeddings(self, language: Path, mmproj: Path) -> Parity:
         """The image embeddings of a pair of files, and the order in which this build of llama.cpp computes a class token."""
-        tower, faults = self.model.vision, []
+        tower = self.model.vision
         theirs = engine.look(language, mmproj, self.files, threads=self.threads)
-        if theirs is None:
-            if has_class_token(tower):
-                faults = [
-                    f"{engine.engine()} tells no image embeddings, so its order of the class token can't be found out"
-                ]
-            return Parity("f16", None, "unknown" if faults else "none", faults=faults)
         with tanh_gelu(self.model):
             errors = apart(theirs, embeddings(self.model, self.look, self.files))
         if has_class_token(tower) and _too_far(errors):
@@ -285,7 +279,7 @@ class Gate:
             if not _too_far(shifted):
                 errors, self.class_token = shifted, "misordered"
                 self.seen = embeddings(self.model, self.look, self.files, otherwise)
-        return Parity("f16", errors, self.class_token, apart(theirs, self.seen), faults=_too_far(errors))
+        return Parity("f16", errors, apart(theirs, self.seen), self.class_token, faults=_too_far(errors))
 
     def answers(self, title: str) -> list[Answer]:
         """PyTorch's, with the language model's weights as they are now."""
@@ -333,6 +327,11 @@ class Gate:
             yield f"llama.cpp tokenises the prompt to {theirs}, we to {ours}"
         if said.chat != ask.prompt:
             yield f"llama.cpp's chat writes {said.chat!r}, our prompt is {ask.prompt!r}"
+
+
+def context(model: MobileVLM) -> int:
+    """Positions that llama.cpp keeps for a prompt and its answer."""
+    return min(4096, model.language.config.max_position_embeddings)
 
 
 def prompt(talk: Template, question: str, picture: bytes | None) -> Ask:

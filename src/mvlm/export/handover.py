@@ -22,7 +22,7 @@ from mvlm.chat import Chat
 from mvlm.data.tokenizer import SentencePieceTokenizer
 from mvlm.export import class_token, engine, language, scores, tokenizer, vision
 from mvlm.export.card import HEAD, card, jetson, parity_row, score_rows
-from mvlm.export.gate import Gate, Parity
+from mvlm.export.gate import Gate, Parity, context
 from mvlm.export.quantise import FILE_TYPES
 from mvlm.model.files import read_config
 from mvlm.model.names import projector_type
@@ -203,7 +203,7 @@ def _about(source: Source, cfg: DictConfig) -> dict[str, Any]:
             "in llama.cpp": vision.projector_type(model.projector),
             "image tokens": model.image_tokens,
         },
-        "context": model.language.config.max_position_embeddings,
+        "context": context(model),
         "template": source.chat.talk.name,
         "pictures": {"mode": look.mode, "size": look.size, "mean": look.mean.tolist(), "std": look.std.tolist()},
         "notes": source.notes(cfg.quant),
