@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -194,3 +195,7 @@ def test_not_a_number_does_not_pass(bench):
     parity = gate.Parity("f16", [], [], "none", file=gate.Agreement(1, [], 1.0, float("nan"), float("nan")))
     bench.gate()._judge(parity)
     assert not parity.passed
+    our, said = Answer([0, 0], torch.full((2, 2), -0.5)), far.Said([0, 0], False, [{0: -0.5}, {0: math.nan}], [], "")
+    for order in (said.top, said.top[::-1]):
+        found = bench.gate().agreement([our], [said._replace(top=order)])
+        assert math.isnan(found.logprob)

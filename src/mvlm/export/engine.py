@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import ctypes
 import json
+import math
 import os
 import subprocess
 import sys
@@ -140,7 +141,10 @@ def _at_steps(ids: Sequence[int], kept: Sequence[tuple[int, dict[str, float]]]) 
             step -= 1
         backwards[step] = place
     sure = {step: kept[place][1] for step, place in forwards.items() if backwards.get(step) == place}
-    return [{int(i): p for i, p in sure[step].items()} if step in sure else None for step in range(len(ids))]
+    return [
+        {int(i): math.nan if p is None else p for i, p in sure[step].items()} if step in sure else None
+        for step in range(len(ids))
+    ]
 
 
 def quantise(source: Path, target: Path, quant: str) -> dict[str, int]:

@@ -304,7 +304,7 @@ class Gate:
                 best, second = our.logprobs[min(common, len(our.ids) - 1)].topk(2).values.tolist()
                 partings.append(Parting(number, common, best - second, our.ids, said.ids))
         total = sum(len(our.ids) for our in ours)
-        first, every = max(one[0] for one in drifts), max(map(max, drifts))
+        first, every = (float(np.max(some)) for some in ([one[0] for one in drifts], np.concatenate(drifts)))
         return Agreement(len(ours), partings, matched / max(total, 1), first, every)
 
     def _judge(self, parity: Parity) -> None:
@@ -364,10 +364,13 @@ def shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
 
 
 def drift(our: Answer, said: Said, common: int) -> list[float]:
-    """Largest difference of a likely id's log-probability at the first token, and at each further one up to where the answers part."""
+    """Largest difference of a likely id's log-probability at the first token, and at each further one up to where the answers part.
+
+    What is not a number stays so: numpy's maximum keeps it, Python's may not.
+    """
     steps = zip(our.logprobs, said.top, strict=False)
     return [
-        max((abs(float(ours[i]) - p) for i, p in (top or {}).items() if p >= math.log(LIKELY)), default=0.0)
+        float(np.max([0.0, *(abs(float(ours[i]) - p) for i, p in (top or {}).items() if not p < math.log(LIKELY))]))
         for step, (ours, top) in enumerate(steps)
         if step <= common
     ] or [0.0]

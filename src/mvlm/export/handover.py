@@ -159,7 +159,9 @@ def _fill(folder: Path, source: Source, cfg: DictConfig) -> None:
     if cfg.gate:
         with _progress() as progress:
             gate = Gate(chat.model, chat.words, chat.talk, chat.pictures, cfg.threads, progress)
-            parities = [gate.check(file, mmproj, quant) for quant, file in {"f16": f16, cfg.quant: wanted}.items()]
+            parities = [gate.check(f16, mmproj)]
+            if parities[0].passed and wanted != f16:
+                parities.append(gate.check(wanted, mmproj, cfg.quant))
         _show_parity(source, parities)
         if faults := [f"{parity.quant}: {fault}" for parity in parities for fault in parity.faults]:
             write_json(folder / "parity.json", [parity.as_dict() for parity in parities])

@@ -107,11 +107,10 @@ def tower_tensors(vision: Vision) -> Iterator[Stored]:
     for number, block in enumerate(tower.blocks[:-1]):
         theirs = f"v.blk.{number}"
         yield from _norm(f"{theirs}.ln1", block.norm1)
-        thirds = ((f"{theirs}.attn_{name}", third) for name, third in zip("qkv", range(3), strict=True))
-        for name, third in thirds:  # the graph of these projectors reads no joined matrix
-            yield weights(f"{name}.weight", block.attn.qkv.weight.chunk(3)[third])
+        for third, name in enumerate("qkv"):  # the graph of these projectors reads no joined matrix
+            yield weights(f"{theirs}.attn_{name}.weight", block.attn.qkv.weight.chunk(3)[third])
             if block.attn.qkv.bias is not None:
-                yield vector(f"{name}.bias", block.attn.qkv.bias.chunk(3)[third])
+                yield vector(f"{theirs}.attn_{name}.bias", block.attn.qkv.bias.chunk(3)[third])
         yield from _layer(f"{theirs}.attn_out", block.attn.proj, _scaled(block.ls1))
         yield from _norm(f"{theirs}.ln2", block.norm2)
         yield from _layer(f"{theirs}.ffn_up", block.mlp.fc1)
@@ -135,7 +134,8 @@ def _scaled(scale: nn.Module) -> Tensor | None:
 def _norm(name: str, norm: nn.Module) -> Iterator[Stored]:
     if not isinstance(norm, nn.Identity):
         yield vector(f"{name}.weight", norm.weight)
-        yield vector(f"{name}.bias", norm.bias)
+        if norm.bias is not None:
+            yield vector(f"{name}.bias", norm.bias)
 
 
 def activation(act: nn.Module) -> str:
