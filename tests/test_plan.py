@@ -50,7 +50,8 @@ SHALLOW = ("text=100", "+model.module.vision.depth=6", "model.module.language.co
 
 @cache
 def planned(*overrides: str) -> Plan:
-    return plan(composed(*overrides))
+    cfg = composed(*overrides)
+    return plan(cfg, cfg.devices, cfg.text)
 
 
 # -- parameters, a second way
@@ -175,7 +176,7 @@ def test_upper_half_of_the_tower_costs_its_backward() -> None:
 
 def test_a_real_step_does_what_was_planned() -> None:
     cfg = composed("model=nano", "projector=avgpool", "text=50")  # no convolution, whose backward torch miscounts
-    promised = plan(cfg).stages["finetune"].work
+    promised = plan(cfg, cfg.devices, cfg.text).stages["finetune"].work
     net = instantiate(cfg.model.module)
     freeze_and_group(net, OmegaConf.to_container(cfg.strategy.finetune.rates, resolve=True))
     ids = torch.cat([torch.full((1, net.image_tokens), IMAGE_TOKEN), torch.randint(259, (1, 50))], dim=1)
@@ -251,10 +252,10 @@ def test_own_files_are_counted(tmp_path: Path) -> None:
     assert count_samples([own, "x"], {"samples": {"x": 4}}) == 7
     with pytest.raises(ValueError, match="no count for y; it has x"):
         count_samples(["y"], {"samples": {"x": 4}})
-    made = plan(composed("model=nano", "data=custom", f"data.finetune=[{own}]"))
+    made = planned("model=nano", "data=custom", f"data.finetune=[{own}]")
     assert list(made.stages) == ["finetune"] and made.stages["finetune"].samples == 3
     with pytest.raises(ValueError, match="both stages are empty"):
-        plan(composed("model=nano", "data=custom"))
+        planned("model=nano", "data=custom")
 
 
 def test_it_prints_the_papers_own_numbers_for_the_papers_own_cell(capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +273,7 @@ def test_it_prints_the_papers_own_numbers_for_the_papers_own_cell(capsys: pytest
 
 def test_every_stage_of_every_strategy_is_planned() -> None:
     for strategy, data in product(options("strategy"), ("v1", "v2")):
-        made = plan(composed("model=nano", f"strategy={strategy}", f"data={data}"))
+        made = planned("model=nano", f"strategy={strategy}", f"data={data}")
         assert list(made.stages) == ["pretrain", "finetune"]
         assert all(stage.work.backward > 0 and stage.steps > 0 for stage in made.stages.values())
 

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -172,7 +172,7 @@ def stage(
 
     adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
     mixture, held_out = hold_out(data[name], HELD_OUT)
-    world = _world_size(trainer_arguments)
+    world = world_size(trainer_arguments)
     loader = StepData(
         mixture, recipe.batch, recipe.micro_batch, world_size=world, workers=cfg.workers, seed=cfg.seed, order=recipe.order,
         pad_id=words.pad_id, pin_memory=torch.cuda.is_available(),
@@ -297,8 +297,9 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
     logger.experiment.finish(exit_code=0)
 
 
-def _world_size(trainer: dict[str, Any]) -> int:
+def world_size(trainer: Mapping[str, Any]) -> int:
     """Devices that the trainer will use."""
+    quiet()
     keys = ("accelerator", "devices", "num_nodes")
     return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
 
