@@ -128,9 +128,11 @@ class Cell:
         """missing, running, done, failed, killed, or unfinished: begun, and not ended by a sweep."""
         if self.run.locked:
             return "running"
-        if not (self.run.folder / "config.yaml").exists():
-            return "missing"
-        return "done" if self.finished() else outcome(self.run).get("state", "unfinished")
+        if self.finished():
+            return "done"
+        if (told := outcome(self.run).get("state")) in ("failed", "killed"):
+            return told
+        return "unfinished" if (self.run.folder / "config.yaml").exists() else "missing"
 
     def finished(self) -> bool:
         """Whether every stage with data is trained, and every chosen benchmark and control scored by the chosen protocol."""
@@ -179,7 +181,10 @@ def cells(arguments: Sequence[str]) -> list[Cell]:
     found: dict[Path, Cell] = {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for seed, words, (sets, row) in product(seeds, free, chosen):
-            cell = Cell.composed([*sets, *words, *seed], [row] if row else [])
+            try:
+                cell = Cell.composed([*sets, *words, *seed], [row] if row else [])
+            except HydraException as error:
+                raise ValueError(f"{' '.join([*sets, *words])} cannot be composed: {error}") from None
             known = found.get(cell.run.folder)
             found[cell.run.folder] = (
                 Cell(known.overrides, known.cfg, known.run, known.rows + cell.rows) if known else cell
@@ -206,7 +211,7 @@ def check(sweep: Sequence[Cell], jobs: int | None) -> dict[str, Plan]:
     for cell in sweep:
         try:
             made[cell.name] = check_cell(cell, jobs, looked_at)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, HydraException) as error:
             wrong.append(f"  {cell.name} ({' '.join(cell.overrides)}): {error}")
     if wrong:
         raise ValueError(
@@ -326,9 +331,9 @@ def train(cfg: DictConfig) -> str:
     """
     hydra = HydraConfig.get()
     cell = Cell(tuple(hydra.overrides.task), cfg, Run(Path(cfg.runs) / cell_name(cfg, hydra)), ())
-    before = cell.state()
-    if before in ("done", "running"):
+    if (before := cell.state()) in ("done", "running"):
         return before
+    resumed = (cell.run.folder / "config.yaml").exists()
     jobs, rank = at_a_time(hydra.launcher), int(os.environ.get("SLURM_PROCID", 0))
     cell.run.folder.mkdir(parents=True, exist_ok=True)
     began, clock = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
@@ -353,7 +358,7 @@ def train(cfg: DictConfig) -> str:
     finally:
         if rank == 0:
             seconds = round(time.monotonic() - clock, 1)
-            facts = {"state": state, "error": error, "began": began, "seconds": seconds, "resumed": before != "missing"}
+            facts = {"state": state, "error": error, "began": began, "seconds": seconds, "resumed": resumed}
             write_json(cell.run.folder / "outcome.json", facts)
     return state
 
@@ -498,19 +503,19 @@ def duration(seconds: float) -> str:
 
 def a_table(*columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, no_wrap=not number)
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("cell", "state", "took"))
     return table
 
 
 def plan_table(sweep: Sequence[Cell], made: Mapping[str, Plan], expected: Mapping[str, float]) -> Table:
     """What is going to be trained."""
-    table = a_table("cell", "stands in", "state", "steps", "FLOPs", "about")
+    table = a_table("cell", "row", "state", "steps", "about")
     for cell in sweep:
         stages, state = made[cell.name].stages.values(), cell.state()
-        steps, flops = (sum(getattr(stage, key) for stage in stages) for key in ("steps", "flops"))
+        steps = sum(stage.steps for stage in stages)
         time_left = "" if state == "done" else duration(expected[cell.name])
-        table.add_row(cell.name, ", ".join(cell.rows), state, f"{steps:,}", f"{flops:.1e}", time_left)
+        table.add_row(cell.name, "\n".join(cell.rows), state, f"{steps:,}", time_left)
     return table
 
 
