@@ -155,7 +155,7 @@ def cells(arguments: Sequence[str]) -> list[Cell]:
         ValueError: an unknown table or key, or a choice that a row of the table and the command both make.
     """
     parsed = OverridesParser.create().parse_overrides(list(arguments))
-    said = {o.key_or_group: o.get_value_element_as_str() for o in parsed if o.key_or_group in OWN_KEYS}
+    said = {o.key_or_group: o.input_line.split("=", 1)[1] for o in parsed if o.key_or_group in OWN_KEYS}
     rest = [o for o in parsed if o.key_or_group not in OWN_KEYS and not o.key_or_group.startswith("hydra")]
     keys = {o.key_or_group for o in rest}
     if "cell" in keys:
