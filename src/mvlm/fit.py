@@ -237,7 +237,8 @@ def cache_features(
     for look in dict.fromkeys(looks.values()):
         alike = [s for s in data if looks[s] == look]
         paths = [*more, *(path for s in alike for path in data[s].pictures_used)]
-        kept[look] = encode_pictures(model, paths, build.pictures(cfg, alike[0]), autocast=autocast)
+        pixels = build.pictures(cfg, alike[0])
+        kept[look] = encode_pictures(model, paths, pixels, autocast=autocast, kept_in=cfg.features)
     for stage, mixture in data.items():
         for dataset in mixture.datasets:
             dataset.features = kept[looks[stage]]

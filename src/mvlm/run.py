@@ -36,6 +36,7 @@ MACHINE_KEYS = (
     "sweeps",
     "seeds",
     "fail_fast",
+    "features",
     "workers",
     "trainer",
     "logger",
