@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from mvlm import fit
 from mvlm.cli import CONF
-from mvlm.run import Run
+from mvlm.run import Run, write_json
 
 with initialize_config_dir(str(CONF), version_base="1.3"):
     HydraConfig.instance().set_config(compose("train", sys.argv[1:], return_hydra_config=True))
@@ -32,8 +32,10 @@ with initialize_config_dir(str(CONF), version_base="1.3"):
 
 def main(ending):
     run = Run.open(cfg)
+    (run.folder / "finetune").mkdir(exist_ok=True)
     with fit.tracking(cfg, run) as wandb:
         wandb.log_metrics({"watched": 1.0}, step=0)
+        write_json(run.folder / "finetune" / "stage.json", {"image_tokens": 16, "samples_per_second": 2.5})
         match ending:
             case "crash": raise RuntimeError("out of memory")
             case "Ctrl-C": os.kill(os.getpid(), signal.SIGINT)
@@ -83,18 +85,25 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[int], lis
 
 
 def records(run: Path) -> list[dict[str, dict]]:
-    """A run folder's W&B files in their order, each as its records by their type, of every type the last."""
-    files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file"]
-    lines = [subprocess.run([*command, f, f.parent.parent], capture_output=True, check=True).stdout for f in files]
-    return [{r["type"]: r[r["type"]] for r in map(json.loads, text.splitlines())} for text in lines]
+    """A run folder's W&B files in their order: what each says of the run, of its end, and its history's values in one."""
+    told = []
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, file.parent]
+        lines = subprocess.run(command, capture_output=True, check=True).stdout.splitlines()
+        told.append({"exit": {"exit_code": None}, "history": {}})
+        for record in map(json.loads, lines):
+            if record["type"] == "history":
+                told[-1]["history"] |= record["history"]["item"]
+            elif record["type"] in ("run", "exit"):
+                told[-1][record["type"]] = record[record["type"]]
+    return told
 
 
 def test_a_run_ends_as_its_process(ended) -> None:
     """Of a process that is killed nothing tells the end: W&B's server calls such a run crashed, and `wandb sync` marks it as failed."""
     _, codes, told = ended
     assert len(codes) == len(told) == len(ENDINGS)
-    ends = [(code, some.get("exit", {}).get("exit_code")) for code, some in zip(codes, told, strict=True)]
+    ends = [(code, some["exit"]["exit_code"]) for code, some in zip(codes, told, strict=True)]
     assert dict(zip(ENDINGS, ends, strict=True)) == ENDINGS
 
 
@@ -102,7 +111,9 @@ def test_a_repeated_command_continues_the_same_run(ended) -> None:
     run, _, told = ended
     assert {some["run"]["run_id"] for some in told} == {run.facts["wandb_id"]}
     assert all(some["run"]["resume"] for some in told), "by which the server appends, and does not overwrite"
-    assert all(some["history"]["item"]["watched"] == 1 for some in told), "of the killed ones, too"
+    assert all(some["history"]["watched"] == 1 for some in told), "of the killed ones, too"
+    costs = {"image_tokens": 16, "finetune/samples_per_second": 2.5}
+    assert costs.items() <= told[-1]["history"].items(), "what was trained in another process is told, too"
 
 
 def test_a_run_is_told_what_it_is(ended) -> None:

@@ -68,7 +68,7 @@ def workspace(cfg: DictConfig) -> Workspace:
 
     costs = {
         "image_tokens": "tokens of a picture",
-        "projector/parameters": "parameters of the projector",
+        "projector_parameters": "parameters of the projector",
         f"{STAGES[-1]}/samples_per_second": f"{STAGES[-1]}: samples a second",
     }
     columns = {f"the {axis}": wr.Config(f"axes.{axis}") for axis in ("projector", "data", "strategy")}

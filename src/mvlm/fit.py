@@ -202,11 +202,7 @@ def stage(
         callbacks=[Bar(name), *watching],
         default_root_dir=run.folder,
     )
-    # Counted now: what fit shards has no size of its own afterwards.
-    sizes = {
-        "image_tokens": model.image_tokens,
-        "projector/parameters": sum(p.numel() for p in model.projector.parameters()),
-    }
+    projector_parameters = sum(p.numel() for p in model.projector.parameters())  # sharding leaves them without a size
     trainer.fit(module, loader)
     if adapters is not None:
         model.language = adapters.merge_and_unload()
@@ -214,9 +210,6 @@ def stage(
         look = {**OmegaConf.to_container(cfg.model.pictures), "mode": recipe.pictures}
         save_checkpoint(model, folder, extras={"image_aspect_ratio": recipe.pictures, "mvlm_pictures": look})
         seconds = time.monotonic() - began
-        rate = round(len(mixture) * recipe.epochs / seconds, 3)
-        if wandb:
-            wandb.experiment.summary.update(sizes | {f"{name}/samples_per_second": rate})
         write_json(
             folder / "stage.json",
             facts
@@ -225,7 +218,9 @@ def stage(
                 "samples": mixture.counts,
                 "held_out": len(held_out),
                 "seconds": round(seconds, 1),
-                "samples_per_second": rate,
+                "samples_per_second": round(len(mixture) * recipe.epochs / seconds, 3),
+                "image_tokens": model.image_tokens,
+                "projector_parameters": projector_parameters,
                 "precision": trainer_arguments["precision"],
                 "devices": world,
                 "moved": module.moved,
@@ -302,6 +297,16 @@ def told_to_wandb(cfg: DictConfig, run: Run) -> dict[str, Any]:
     }
 
 
+def costs(run: Run) -> dict[str, float]:
+    """What the finished stages cost: `image_tokens` of a picture, `projector_parameters`, and `<stage>/samples_per_second`."""
+    told = {}
+    for name in filter(run.finished, build.STAGES):
+        facts = json.loads((run.folder / name / "stage.json").read_text())
+        told |= {key: facts[key] for key in ("image_tokens", "projector_parameters") if key in facts}
+        told[f"{name}/samples_per_second"] = facts["samples_per_second"]
+    return told
+
+
 @contextmanager
 def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
     """The run's W&B logger, or None with `logger=csv`. Its id is kept in the run folder, so a repeated command continues the same
@@ -327,6 +332,8 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
     if logger:
+        # By every process that ends well: of a run that was interrupted, W&B keeps the last one's summary.
+        logger.log_metrics(costs(run))
         logger.experiment.finish(exit_code=0)
 
 
