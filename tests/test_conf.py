@@ -24,8 +24,17 @@ def test_all_yaml_files_are_covered_here() -> None:
     assert set(GROUPS) == {
         "benchmark", "corpus", "data", "logger", "model", "projector", "recipe", "strategy", "trainer",
     }  # fmt: skip
-    assert {p.stem for p in CONF.glob("*.yaml")} == {"train", "evaluate", "report", "chat", "plan", "doctor", "bench"}
-    assert sum(1 for _ in CONF.rglob("*.yaml")) == sum(map(len, GROUPS.values())) + 7
+    assert {p.stem for p in CONF.glob("*.yaml")} == {
+        "train",
+        "evaluate",
+        "report",
+        "chat",
+        "plan",
+        "doctor",
+        "bench",
+        "dashboard",
+    }
+    assert sum(1 for _ in CONF.rglob("*.yaml")) == sum(map(len, GROUPS.values())) + 8
 
 
 @pytest.mark.parametrize("model", GROUPS["model"])

@@ -9,23 +9,7 @@ from timm.layers import LayerNorm2d
 from timm.models.regnet import RegStage
 from torch import Tensor, nn
 
-from mvlm.projector.grid import to_map, to_tokens
-
-
-def token_side(tokens: int | None, grid: int) -> int:
-    """Side of a square of `tokens` made from grid x grid patches; half the grid's (rounded down) where no number is given.
-
-    Raises:
-        ValueError: no square number, or more tokens than patches.
-    """
-    wanted = grid // 2 if tokens is None else math.isqrt(max(tokens, 0))
-    if not 1 <= wanted <= grid or tokens not in (None, wanted**2):
-        squares = ", ".join(str(s * s) for s in sorted({grid // 3, grid // 2, 2 * grid // 3, grid}))
-        raise ValueError(
-            f"projector.tokens={tokens} is no square number from 1 to the {grid * grid} of the {grid}x{grid} patches: "
-            f"take one such as {squares}"
-        )
-    return wanted
+from mvlm.projector.grid import to_map, to_tokens, token_side
 
 
 class CAbstractor(nn.Module):

@@ -7,7 +7,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from mvlm.projector.c_abstractor import token_side
+from mvlm.projector.grid import token_side
 
 
 class Resampler(nn.Module):
