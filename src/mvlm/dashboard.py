@@ -142,7 +142,7 @@ def save(made: Workspace) -> str:
     try:
         made.entity = made.entity or wandb.Api().default_entity
         return made.save().url
-    except wandb.errors.Error as error:
+    except Exception as error:  # what wandb raises has no common base
         raise ValueError(
             f"W&B did not take the dashboard for {made.entity or 'your account'}/{made.project}: {error}. Log in with `wandb login`, "
             "name an entity and a project that runs were sent to, or write the specification only: out=dashboard.json"
