@@ -108,10 +108,10 @@ def test_panels_show_what_a_run_logs(configure, scored, tmp_path: Path, monkeypa
 
 
 def test_it_shows_the_runs_of_one_sweep(configure) -> None:
-    made = dashboard.workspace(configure("sweep=table7", "benchmark=[pope]", page="dashboard"))
+    made = dashboard.workspace(configure("sweep='table6,table7'", "benchmark=[pope]", page="dashboard"))
     section = dashboard.specification(made)["spec"]["section"]
     (only,) = section["runSets"][0]["filters"]["filters"]
-    assert (only["key"], only["op"], only["value"]) == ({"section": "run", "name": "group"}, "=", "table7")
+    assert (only["key"], only["op"], only["value"]) == ({"section": "run", "name": "group"}, "=", "table6,table7")
     bars = [p["config"] for p in section["panelBankConfig"]["sections"][0]["panels"] if p["viewType"] == "Bar Chart"]
     assert [b["chartTitle"] for b in bars] == ["Avg", "POPE"]
     assert {(b["groupBy"], b["groupAgg"], b["groupArea"]) for b in bars} == {("row.value", "mean", "minmax")}
@@ -126,7 +126,8 @@ def test_the_specification_is_written_without_an_account(configure, tmp_path: Pa
 
 def test_what_cannot_be_made_is_refused_with_the_cure(configure, monkeypatch) -> None:
     for word, told in (
-        ("sweep='a=b'", "only letters, digits and _ . -"),
+        ("sweep=null", "name a sweep"),
+        ("sweep='a=b'", "WANDB_RUN_GROUP=<name>"),
         ("protocol=papr", "protocol paper or harness"),
     ):
         with pytest.raises(ValueError, match=told):

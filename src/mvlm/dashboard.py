@@ -30,7 +30,7 @@ def workspace(cfg: DictConfig) -> Workspace:
     """The workspace of a `conf/dashboard.yaml`; nothing is sent.
 
     Raises:
-        ValueError: wandb-workspaces is missing; an unknown protocol; a sweep's name that a filter of W&B would misread.
+        ValueError: wandb-workspaces is missing; an unknown protocol; no sweep, or a name that a filter of W&B would misread.
     """
     try:
         import wandb_workspaces.reports.v2 as wr
@@ -46,9 +46,10 @@ def workspace(cfg: DictConfig) -> Workspace:
 
     if cfg.protocol not in ("paper", "harness"):
         raise ValueError(f"protocol={cfg.protocol}: scores are by protocol paper or harness")
-    if not re.fullmatch(r"[\w.-]+", str(cfg.sweep)):
+    if not re.fullmatch(r"""[^=<>'"\\]+""", str(cfg.sweep or "")):
         raise ValueError(
-            f"sweep={cfg.sweep}: only letters, digits and _ . - can be in the name, for a filter of W&B reads other signs as its own"
+            f"sweep={cfg.sweep}: name a sweep, without = < > \\ or quotes, which a filter of W&B reads as its own. A sweep without a "
+            "table is named by WANDB_RUN_GROUP=<name> before its command"
         )
     end = beside(cfg.protocol)
     average = f"scores{end}/avg/none"
@@ -115,7 +116,7 @@ def workspace(cfg: DictConfig) -> Workspace:
         sections=[ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=MOST),
         runset_settings=ws.RunsetSettings(
-            filters=And(Metric("Group") == cfg.sweep),
+            filters=And(Metric("Group") == str(cfg.sweep)),
             groupby=[Config("row")],
             order=[Ordering(Summary(average), ascending=False)],
             pinned_columns=["run:displayName", "run:state", f"summary:{average}", "config:seed.value"],
