@@ -204,7 +204,7 @@ def test_an_outcome_is_what_happened(
 
 def test_the_group_is_the_sweep(stand_in: Path) -> None:
     main([*NANO, f"runs={stand_in}", "recipe.warmup=0.1", "projector=pw2"])
-    assert "recipe.warmup=0.1" in next(stand_in.glob("*/log.txt")).read_text().splitlines()[0]
+    assert "recipe.warmup-0.1" in next(stand_in.glob("*/log.txt")).read_text().splitlines()[0]
 
 
 def test_one_failure_does_not_stop_the_others_unless_so_told(stand_in: Path) -> None:

@@ -39,7 +39,7 @@ from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.run import AXES, MACHINE_KEYS, Run, file_hash, write_json
+from mvlm.run import AXES, Run, file_hash, overridden, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
 from mvlm.strategy.features import encode_pictures
@@ -286,15 +286,10 @@ def told_to_wandb(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """
     hydra = HydraConfig.get()
     axes = {axis: hydra.runtime.choices[axis] for axis in AXES}
-    more = []
-    for override in sorted(hydra.overrides.task):
-        key = override.lstrip("+~").split("=")[0]
-        if key not in (*AXES, "seed") and key.split(".")[0] not in MACHINE_KEYS:
-            more.append(override)
     return {
         "name": run.folder.name,
         "tags": [f"{axis}:{choice}" for axis, choice in axes.items()],
-        "config": run.config_dict() | {"axes": axes, "row": " ".join(["-".join(axes.values()), *more])},
+        "config": run.config_dict() | {"axes": axes, "row": " ".join(["-".join(axes.values()), *overridden(hydra)])},
     }
 
 

@@ -84,6 +84,13 @@ def content(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flatten(plain).items() if k.split(".")[0] not in MACHINE_KEYS}
 
 
+def overridden(hydra: DictConfig) -> list[str]:
+    """The words of the command line that change the experiment beyond its axes and seed, sorted."""
+    free = (*AXES, "seed", *MACHINE_KEYS)
+    keys = {word: word.lstrip("+~").split("=")[0] for word in hydra.overrides.task}
+    return sorted(word for word, key in keys.items() if key not in free and key.split(".")[0] not in MACHINE_KEYS)
+
+
 def cell_name(cfg: DictConfig, hydra: DictConfig | None = None) -> str:
     """`pocket-ldpv2-v2-unfreeze_llm-s0`: the axes and the seed, and six digits of a hash if anything else was overridden.
 
@@ -94,9 +101,7 @@ def cell_name(cfg: DictConfig, hydra: DictConfig | None = None) -> str:
     """
     hydra = hydra or HydraConfig.get()
     name = "-".join([*(hydra.runtime.choices[axis] for axis in AXES), f"s{cfg.seed}"])
-    free = (*AXES, "seed", *MACHINE_KEYS)
-    keys = [override.lstrip("+~").split("=")[0] for override in hydra.overrides.task]
-    if all(key in free or key.split(".")[0] in MACHINE_KEYS for key in keys):
+    if not overridden(hydra):
         return name
     hashed = {k: v for k, v in content(cfg).items() if k != "seed"}
     return f"{name}-{hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:6]}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -490,7 +491,8 @@ def main(arguments: Sequence[str]) -> int:
 def group_of(arguments: Sequence[str]) -> str:
     """What a sweep's W&B runs are grouped by: its table, or its words."""
     said = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    return said.get("sweeps") or " ".join(argument for argument in arguments if not argument.startswith("hydra"))
+    words = " ".join(argument for argument in arguments if not argument.startswith("hydra"))
+    return said.get("sweeps") or re.sub(r"[^\w.]+", "-", words)  # other signs W&B's filters read as their own
 
 
 def duration(seconds: float) -> str:
