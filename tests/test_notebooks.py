@@ -79,7 +79,8 @@ def test_it_runs(path: Path, nano_cache: Path, tmp_path: Path, monkeypatch: pyte
     notebook = nbformat.read(tmp_path / "notebooks" / path.name, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell("from mvlm.cli import ROOT\n\nprint(ROOT)"))
     where = {"metadata": {"path": str(tmp_path / "notebooks")}}
-    NotebookClient(notebook, timeout=300, resources=where).execute()
+    limits = {"timeout": 600, "startup_timeout": 600}  # of a cell, in seconds: for what hangs, not for what is slow
+    NotebookClient(notebook, resources=where, **limits).execute()
 
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert outputs[-1]["text"].strip() == str(tmp_path), "the code that ran is the copy's"
