@@ -19,6 +19,7 @@ CURE = "nbstripout --extra-keys 'metadata.kernelspec metadata.language_info.vers
 SHOWN = {
     "01_a_batch": "576 → 144",
     "02_ask_a_model": "has not learned to see",  # at nano size, and the notebook must say so
+    "03_sweep_to_table": "cannot be compared with them",  # nano's scores with the paper's
     "04_a_projector_in_ten_lines": f"{6_295_552 + 5 * 2048:,}",  # pw2's at the paper's widths, and five a channel
 }
 """A word that a notebook's outputs must hold, besides a plot and a table, which each has."""

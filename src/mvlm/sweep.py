@@ -13,6 +13,7 @@ waits, so no cell sees another's memory, devices or W&B run, and nothing live is
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import os
@@ -383,11 +384,11 @@ class Log:
         try:
             with self.path.open("rb") as written:
                 written.seek(self.start)
+                text = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
                 while True:
                     ended = child.poll()
                     if self.show and (more := written.read()):
-                        sys.stdout.buffer.write(more)
-                        sys.stdout.flush()
+                        print(text.decode(more), end="", flush=True)
                     if ended is not None:
                         return ended
                     time.sleep(0.2)
