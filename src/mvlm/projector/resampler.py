@@ -15,8 +15,8 @@ class Resampler(nn.Module):
 
     Of the resamplers this one is the best motivated at our sizes. It is one layer (Flamingo's Perceiver has six, with a feed-forward
     network each), and its queries lie on a grid of their own: query and patch get the sine-cosine code of their place on the
-    picture, so "look at what is there" is a product of two fixed codes. Where things are need not be learned from few samples, and
-    tokens come row by row, as those of the other projectors do.
+    picture. To look at what is there it has to learn one product of two fixed codes, and tokens come row by row, as those of the
+    other projectors do. Few samples teach it little all the same: `mvlm.strategy.align` has figures.
 
     As in the authors' code the code of the patches is that of the queries, enlarged; it is added to queries and keys, not to values;
     heads are 128 wide (or the next larger width that divides D); weights start as theirs. The order of channels in the code is

@@ -2,9 +2,13 @@
 
 The paper starts from a random projector and earns its sight in 5,000 steps of 256 captions. A laptop has a hundred steps of 8, and
 a plain recipe then learns to guess answers without looking. This start gives the language model something to look at: the projector
-alone, apart from the language model, learns to put the word embedding of what a cell shows into that cell's token. It treats every
-projector alike, changes no architecture, is a named option (`recipe.start`), is off in the paper's recipe, and what it reached is
+alone, apart from the language model, learns to put the word embedding of what a cell shows into that cell's token. It asks the same
+of every projector, changes no architecture, is a named option (`recipe.start`), is off in the paper's recipe, and what it reached is
 written into the run folder.
+
+How far it brings a projector differs, so look at `start.named` in pretrain/stage.json before projectors are compared. On 300 pictures,
+seed 0, 100 steps at this file's rate gave `ldpv2` 65 % of the words of 15 other pictures, `pixel_shuffle` 40 %, `resampler`, whose
+queries must find their cells first, 12 %, `c_abstractor` 6 %; 300 steps gave the first three 73, 61 and 20 %.
 """
 
 from __future__ import annotations
