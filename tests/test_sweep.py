@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from mvlm import sweep
+from mvlm import sweep, table
 from mvlm.run import Run
 from mvlm.sweep import Cell, Sweep, at_a_time, cells, check, duration, main, outcome
 
@@ -265,6 +265,29 @@ def test_launchers_are_known_by_what_they_are() -> None:
     assert at_a_time(OmegaConf.create({"_target_": "x.SlurmLauncher", "partition": "gpu"})) is None
 
 
+def test_cells_that_run_together_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two GPUs (as torch is made to say) two cells get one each, and a third waits until one of them is free."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def nap(seconds: float) -> None:
+        raise TimeoutError
+
+    with sweep.a_gpu(tmp_path, 1) as alone:
+        assert alone == {}, "a cell alone may use all of them"
+    with sweep.a_gpu(tmp_path, 3) as first, sweep.a_gpu(tmp_path, 3) as second:
+        assert [first, second] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+        monkeypatch.setattr(sweep.time, "sleep", nap)
+        with pytest.raises(TimeoutError), sweep.a_gpu(tmp_path, 3):
+            pass
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    with sweep.a_gpu(tmp_path, 2) as given:
+        assert given == {"CUDA_VISIBLE_DEVICES": "4"}, "those that were given to us"
+
+
 def test_durations_are_told_as_people_do() -> None:
     assert [duration(s) for s in (7.4, 89, 600, 7200, 200_000)] == ["7 s", "89 s", "10 min", "2.0 h", "2.3 days"]
 
@@ -292,14 +315,21 @@ def test_a_table_with_a_failure_and_a_kill(pages: Path, tmp_path: Path) -> None:
     threading.Thread(target=kill, daemon=True).start()
     assert main(words) == 1
     assert [c.state() for c in (good, fails, killed)] == ["done", "failed", "killed"]
-    assert "has no label" in outcome(fails.run)["error"] or "no label" in (fails.run.folder / "log.txt").read_text()
+    assert "no label" in outcome(fails.run)["error"]
     assert outcome(killed.run)["error"] == "by SIGKILL"
     results = json.loads((good.run.folder / "results.json").read_text())
     kept = (good.run.folder / "results.json").stat().st_mtime_ns
     assert main(words) == 1
     assert [c.state() for c in (good, fails, killed)] == ["done", "failed", "done"]
     assert outcome(killed.run)["resumed"] and (good.run.folder / "results.json").stat().st_mtime_ns == kept
-    assert results["benchmarks"]["pope"]["none"]["items"] > 0
+    told = next(table.tables("three", model="nano", runs=runs, overrides=NANO[1:], draws=100))["rows"]
+    assert [(row["row"], row["cells"][0]["state"]) for row in told] == [
+        ("good", "done"),
+        ("fails", "failed"),
+        ("killed", "done"),
+    ]
+    assert told[0]["scores"]["pope"]["mean"] == results["benchmarks"]["pope"]["none"]["value"]
+    assert told[1]["scores"]["pope"]["mean"] is None and "no label" in told[1]["cells"][0]["error"]
 
 
 @pytest.mark.slow
