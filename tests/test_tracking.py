@@ -31,6 +31,7 @@ with initialize_config_dir(str(CONF), version_base="1.3"):
     cfg = compose("train", sys.argv[1:])
 
 def main(ending):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
     run = Run.open(cfg)
     (run.folder / "finetune").mkdir(exist_ok=True)
     with fit.tracking(cfg, run) as wandb:
