@@ -2,7 +2,7 @@
 
     python report.py sweep=table7                               the cells in runs/ as table.md, .tex, .csv, .json and a page with plots
     python report.py sweep=tables model=1.7b seeds=3            both tables, seeds 0, 1, 2; what is missing is told
-    python report.py sweep=table7 overrides=[recipe.max_length=512]        the cells that were trained with these words
+    python report.py sweep=table7 'overrides=["recipe.max_length=512"]'     the cells that were trained with these words
     python report.py compare=[runs/a,runs/b]                    differences with paired intervals and tests, and what flipped
     python report.py compare=[a.json,b.json] out=report/ab      two results.json files
     python report.py compare=[runs/a,runs/b] view=blind         the answers without a picture

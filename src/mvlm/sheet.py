@@ -188,36 +188,37 @@ def grid(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[tup
     rows, names = report["rows"], report["benchmarks"]
     labels = [label for label in LABELS if any(label in (row["paper"] or {}) for row in rows)]
     labels = labels or list(dict.fromkeys(key for row in rows for key in row["sets"]))
+    keys = (*names, "avg", "blind", "shuffled")
     head = [
         "row",
         *labels,
         "tokens",
         "params (M)",
-        *(HEADS.get(key, key) for key in (*names, "avg", "blind", "shuffled")),
+        *(HEADS.get(key, key) for key in keys),
+        "samples/s",
+        "time",
+        "seeds",
     ]
     lines = []
     for row in rows:
         paper, cells = row["paper"] or {}, row["cells"]
         said = [ticked(paper.get(label, row["sets"].get(label, ""))) for label in labels]
-        size = [
-            f"{row['image_tokens']:,}",
-            f"{row['projector_parameters'] / 1e6:.{2 if row['projector_parameters'] > 1e5 else 4}f}",
-        ]
-        scores = [score_told(row, key) for key in (*names, "avg", "blind", "shuffled")]
+        parameters = row["projector_parameters"]
+        size = [f"{row['image_tokens']:,}", f"{parameters / 1e6:.{2 if parameters > 1e5 else 4}f}"]
+        scores = [score_told(row, key) for key in keys]
         speed = f"{row['samples_per_second']:.3g}" if row["samples_per_second"] else absent(row)
         time = duration(row["seconds"]) if row["seconds"] else absent(row)
         seeds = f"{sum(bool(cell['scores']) for cell in cells)} of {len(cells)}"
         plain = [(text, "") for text in (row["row"], *said, *size)]
         lines.append(("ours", [*plain, *scores, (speed, ""), (time, ""), (seeds, "")]))
         if report["published"]:
-            size = [
-                f"{paper[key]:{form}}" if key in paper else "" for key, form in (("Tokens", ","), ("Params", ".2f"))
-            ]
+            forms = {"Tokens": ",", "Params": ".2f"}
+            size = [f"{paper[key]:{form}}" if key in paper else "" for key, form in forms.items()]
             printed = [paper.get(HEADS.get(key, key)) for key in (*names, "avg")]
             texts = ["-" if value is None else f"{value:.1f}" for value in printed]
             theirs = [f"paper, {row['paper_model']}", *[""] * len(labels), *size, *texts, *[""] * 5]
             lines.append(("theirs", [(text, "") for text in theirs]))
-    return [*head, "samples/s", "time", "seeds"], lines
+    return head, lines
 
 
 def ticked(value: Any) -> str:

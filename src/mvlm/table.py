@@ -212,10 +212,11 @@ def sizes(cfg: DictConfig, known: dict[str, MobileVLM]) -> dict[str, int]:
     """
     module = OmegaConf.to_container(cfg.model.module, resolve=True)
     projector = instantiate(module.pop("projector"))
-    net = known.setdefault(json.dumps(module, sort_keys=True), None) or meta_model(cfg.model.module)
-    known[json.dumps(module, sort_keys=True)] = net
+    key = json.dumps(module, sort_keys=True)
+    if key not in known:
+        known[key] = meta_model(cfg.model.module)
     with torch.device("meta"):
-        net = MobileVLM(net.vision, projector, net.language)
+        net = MobileVLM(known[key].vision, projector, known[key].language)
     return {"image_tokens": net.image_tokens, "projector_parameters": count_parts(net)["projector"]}
 
 
