@@ -228,8 +228,8 @@ def test_right_against_wrong_differs_on_the_seeds_that_both_have(told) -> None:
     assert avg["seeds_interval"] == pair["benchmarks"]["gqa"]["interval"] == [-100, -100] and avg["p"] == 1 / (
         DRAWS + 1
     )
-    # An MME category of which no picture is drawn has no points in either row; with one picture a category, that is nearly always so.
-    assert -100 < avg["interval"][0] < avg["interval"][1] < -90
+    # Whatever pictures are drawn. 1e-9: MME's categories are averaged as floats.
+    assert avg["interval"] == pytest.approx([-100, -100], abs=1e-9)
     assert avg["verdict"] == f"p = {avg['p_holm']:.3f}" and avg["p"] < avg["p_holm"] < 0.05
     # POPE has two pictures here, and exchanging both or none of them leaves the difference as it is: half of all exchanges.
     pope = pair["benchmarks"]["pope"]
@@ -401,7 +401,7 @@ def test_markdown_holds_the_same_table(told) -> None:
     ours = [[" ".join(filter(None, cell)) for cell in cells] for kind, cells in lines if kind == "ours"]
     assert found == ours and f"| {' | '.join(head)} |" in text
     assert "| 4 - 3 | projector pw2 → ldpv1 |" in text and re.search(
-        r"-100\.0 \[-9\d\.\d, -9\d\.\d\] seeds \[-100\.0, -100\.0\] p = 0\.0\d\d \|", text
+        r"-100\.0 \[-100\.0, -100\.0\] seeds \[-100\.0, -100\.0\] p = 0\.0\d\d \|", text
     )
     assert "one seed: training noise not included" in text
 
@@ -428,7 +428,7 @@ def test_the_terminal_shows_it_whole(told, width: int) -> None:
     assert row.split().count("missing") == (8 if width == 80 else 11)
     assert any(line.split() == ["seed", "2:", "failed", "error:", "no", "room", "[/tmp]"] for line in lines)
     assert any(
-        re.match(r"Avg of 4 - 3: -100\.0 \[-9\d\.\d, -9\d\.\d\]  p = 0\.0\d\d  \(over seeds", line) for line in lines
+        re.match(r"Avg of 4 - 3: -100\.0 \[-100\.0, -100\.0\]  p = 0\.0\d\d  \(over seeds", line) for line in lines
     )
     assert any(
         line.split()[0:1] == ["paper"] and "59.3   65.0   53.1   84.0" in re.sub(" +", "   ", line) for line in lines

@@ -60,6 +60,7 @@ def check_overrides(config: str, overrides: list[str]) -> None:
         ValueError: the first override that names nothing.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
 
     options, chosen, rest = groups(), [], []
     for override in overrides:
@@ -75,7 +76,10 @@ def check_overrides(config: str, overrides: list[str]) -> None:
         if "," not in value or value.startswith("["):
             chosen.append(override)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        known = _keys(compose(config, chosen))
+        try:
+            known = _keys(compose(config, chosen))
+        except HydraException as error:
+            raise ValueError(f"{' '.join(chosen)} cannot be composed: {error}") from None
     for override, key in rest:
         if key.startswith("hydra") or override.startswith("+") or key in known:
             continue
