@@ -235,6 +235,10 @@ def test_what_is_done_or_running_is_left_alone(stand_in: Path) -> None:
         other.kill()
         other.wait()
     assert cell.state() != "running", "a killed process holds nothing"
+    first, again = Run(cell.run.folder), Run(cell.run.folder)
+    first.lock()
+    again.lock()  # one process may open it twice
+    assert again.locked
 
 
 def test_ending_the_sweep_ends_its_cell(stand_in: Path) -> None:

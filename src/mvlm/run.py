@@ -171,6 +171,7 @@ class Run:
         """
         if int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("SLURM_PROCID", 0)):
             return
+        me = f"process {os.getpid()} on {platform.node()}"
         held = open(self.folder / ".lock", "a+")  # noqa: SIM115 (closed when the process ends)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,9 +179,11 @@ class Run:
             held.seek(0)
             owner = held.read()
             held.close()
+            if owner == me:  # an earlier look at the same folder, in a notebook say
+                return
             raise ValueError(f"{self.folder} is being trained by {owner}: wait for it, or end it") from None
         held.truncate(0)
-        held.write(f"process {os.getpid()} on {platform.node()}")
+        held.write(me)
         held.flush()
         self._lock = held
 
