@@ -4,6 +4,7 @@
     python train.py projector=ldpv2 data=v2 strategy=unfreeze_llm     the same, in full
     python train.py model=nano                                        random weights, a minute, to see that all works
     python train.py model=1.7b data.images=... corpus.root=...        the real thing (python -m mvlm.plan model=1.7b first)
+    python train.py -m sweeps=table7 seeds=3                          a whole table, all of sweeps/ alike; python report.py sweep=table7 shows it
     python train.py data=custom data.pretrain=[a.json] data.finetune=[b.json] data.images=pictures/
 
 Repeating a command goes on where it stopped: a finished stage is not trained again, an answered question not asked again.
@@ -22,6 +23,8 @@ def main(cfg) -> None:
     from mvlm import build, fit, score
     from mvlm.run import Run
 
+    if cfg.sweeps is not None or cfg.seeds != 1:
+        raise ValueError(f"sweeps={cfg.sweeps} seeds={cfg.seeds}: to train many cells add -m (python train.py -m ...)")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     run = Run.open(cfg)
     files, words = build.corpus(cfg), build.tokenizer(cfg)
@@ -42,4 +45,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    script(main, "train")
+    script(main, "train", sweep=True)

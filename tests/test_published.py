@@ -1,4 +1,4 @@
-"""The paper's printed values: they hold together, and the cells named beside them are this kit's."""
+"""The paper's printed values: they hold together, and the rows of sweeps/ are those that they were printed for."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.plan import count_parts, meta_model
 from mvlm.score import TITLES
+from mvlm.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = OmegaConf.to_container(OmegaConf.load(ROOT / "results" / "published.yaml"))
 T4, T5, T6, T7 = (TABLES[f"table{n}"] for n in (4, 5, 6, 7))
+CELLS = {name: Sweep.read(name)[0].rows for name in ("table4", "table6", "table7")}
+"""What each row sets, by its name."""
 SCORED = [("table4", r) for r in T4] + [("table6", r) for r in T6] + [("table7", r) for r in T7]
 COLUMNS = ["GQA", "SQA-I", "VQA-T", "POPE", "MME-P", "MMB-dev"]
 
@@ -80,8 +83,9 @@ def test_every_note_is_checked_above() -> None:
 
 def test_what_two_tables_print_is_the_same() -> None:
     by_cell: dict[tuple, list[dict]] = {}
-    for row in T6 + T7:
-        by_cell.setdefault(tuple(row["cell"].values()), []).append(row)
+    for name, rows in (("table6", T6), ("table7", T7)):
+        for row in rows:
+            by_cell.setdefault(tuple(CELLS[name][str(row["row"])].values()), []).append(row)
     twice = [rows for rows in by_cell.values() if len(rows) > 1]
     assert len(by_cell) == 8 and [[row["row"] for row in rows] for rows in twice] == [["(a)", 2], ["(c)", 4]]
     method = {row["method"]: row for row in T4 if row["LLM"] != "Vicuna-13B"}
@@ -104,14 +108,20 @@ def composed(cell: dict[str, str]) -> DictConfig:
         return compose("plan", [f"{axis}={choice}" for axis, choice in cell.items()])
 
 
-def test_every_cell_is_of_this_kit_and_follows_its_flags() -> None:
-    for row in T6 + T7:
-        cell = row["cell"]
-        assert list(cell) == ["model", "projector", "data", "strategy"] and cell["model"] == "1.7b"
+@pytest.mark.parametrize("name", ["table6", "table7"])
+def test_every_row_is_a_cell_of_the_sweep_and_follows_its_flags(name: str) -> None:
+    assert list(CELLS[name]) == [str(row["row"]) for row in TABLES[name]], "the same rows in the same order"
+    for row in TABLES[name]:
+        cell = CELLS[name][str(row["row"])]
+        assert list(cell) == ["projector", "data", "strategy"]
         assert all((ROOT / "conf" / axis / f"{choice}.yaml").exists() for axis, choice in cell.items()), cell
         d, t = (row["D"], row["T"]) if "D" in row else (row["D&T"], row["D&T"])
         assert (cell["data"], cell["strategy"]) == ("v2" if d else "v1", "unfreeze_llm" if t else "freeze_llm")
-    assert {row["cell"]["projector"] for row in T6} == {"ldpv1"}, "Table 6 is MobileVLM's projector throughout"
+
+
+def test_table_6_is_of_one_projector_and_table_4s_rows_are_printed() -> None:
+    assert {cell["projector"] for cell in CELLS["table6"].values()} == {"ldpv1"}, "MobileVLM's throughout"
+    assert set(CELLS["table4"]) <= {row["method"] for row in T4}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +133,7 @@ def whole() -> MobileVLM:
 def test_tokens_and_parameters_are_as_printed(whole: MobileVLM, row: dict) -> None:
     """Together they tell all five projectors apart. Params is printed in millions to two digits: 0.005 either way."""
     with torch.device("meta"):  # tower and language model are the same for all, and slow to build
-        net = MobileVLM(whole.vision, instantiate(composed(row["cell"]).projector), whole.language)
+        projector = instantiate(composed({"model": "1.7b"} | CELLS["table7"][str(row["row"])]).projector)
+        net = MobileVLM(whole.vision, projector, whole.language)
     assert net.image_tokens == row["Tokens"]
     assert abs(count_parts(net)["projector"] / 1e6 - row["Params"]) <= 0.005

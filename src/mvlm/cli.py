@@ -60,6 +60,7 @@ def check_overrides(config: str, overrides: list[str]) -> None:
         ValueError: the first override that names nothing.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
 
     options, chosen, rest = groups(), [], []
     for override in overrides:
@@ -70,38 +71,53 @@ def check_overrides(config: str, overrides: list[str]) -> None:
         for option in value.strip("[]").split(","):
             if option.strip() and option.strip() not in options[key]:
                 raise ValueError(
-                    f"{key}={option}: there is no such {key}{_nearest(option, options[key])} (there are: {', '.join(options[key])})"
+                    f"{key}={option}: there is no such {key}{nearest(option, options[key])} (there are: {', '.join(options[key])})"
                 )
         if "," not in value or value.startswith("["):
             chosen.append(override)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        known = _keys(compose(config, chosen))
+        try:
+            known = _keys(compose(config, chosen))
+        except HydraException as error:
+            raise ValueError(f"{' '.join(chosen)} cannot be composed: {error}") from None
     for override, key in rest:
         if key.startswith("hydra") or override.startswith("+") or key in known:
             continue
         raise ValueError(
-            f"{override}: there is no key {key!r}{_nearest(key, known + list(options))}. "
+            f"{override}: there is no key {key!r}{nearest(key, known + list(options))}. "
             f"To add a new one on purpose, write +{override}"
         )
 
 
-def _nearest(word: str, among: list[str]) -> str:
+def nearest(word: str, among: list[str]) -> str:
+    """The likeliest meant, as the end of an error's sentence; or nothing."""
     close = difflib.get_close_matches(word, among, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def script(main: Callable, config: str) -> None:
-    """Run `main(cfg)` under Hydra. What a user can mend (ValueError, OSError) is told in one line; the rest keeps its traceback."""
+def script(main: Callable, config: str, sweep: bool = False) -> None:
+    """Run `main(cfg)` under Hydra. What a user can mend (ValueError, OSError) is told in one line; the rest keeps its traceback.
+
+    Args:
+        sweep: with `-m` train many cells (see `mvlm.sweep`); other scripts have no `-m`.
+    """
     arguments = sys.argv[1:]
     if {"--help", "-h"} & set(arguments):
         print(help_text(main, config))
         return
+    many = {"--multirun", "-m"} & set(arguments)
     try:
+        if many and not sweep:
+            raise ValueError(f"{config}.py does one thing at a time: leave out {many.pop()}")
         check_overrides(config, [a for a in arguments if "=" in a and not a.startswith("-")])
+        if many:
+            from mvlm import sweep as sweeping
+
+            sys.exit(sweeping.main([a for a in arguments if a not in ("--multirun", "-m")]))
         import hydra
 
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(guarded(main))()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

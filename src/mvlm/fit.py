@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -17,9 +18,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +39,7 @@ from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.run import Run, file_hash, write_json
+from mvlm.run import AXES, Run, file_hash, overridden, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
 from mvlm.strategy.features import encode_pictures
@@ -172,7 +175,7 @@ def stage(
 
     adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
     mixture, held_out = hold_out(data[name], HELD_OUT)
-    world = _world_size(trainer_arguments)
+    world = world_size(trainer_arguments)
     loader = StepData(
         mixture, recipe.batch, recipe.micro_batch, world_size=world, workers=cfg.workers, seed=cfg.seed, order=recipe.order,
         pad_id=words.pad_id, pin_memory=torch.cuda.is_available(),
@@ -199,6 +202,7 @@ def stage(
         callbacks=[Bar(name), *watching],
         default_root_dir=run.folder,
     )
+    projector_parameters = sum(p.numel() for p in model.projector.parameters())  # sharding leaves them without a size
     trainer.fit(module, loader)
     if adapters is not None:
         model.language = adapters.merge_and_unload()
@@ -215,6 +219,8 @@ def stage(
                 "held_out": len(held_out),
                 "seconds": round(seconds, 1),
                 "samples_per_second": round(len(mixture) * recipe.epochs / seconds, 3),
+                "image_tokens": model.image_tokens,
+                "projector_parameters": projector_parameters,
                 "precision": trainer_arguments["precision"],
                 "devices": world,
                 "moved": module.moved,
@@ -237,7 +243,8 @@ def cache_features(
     for look in dict.fromkeys(looks.values()):
         alike = [s for s in data if looks[s] == look]
         paths = [*more, *(path for s in alike for path in data[s].pictures_used)]
-        kept[look] = encode_pictures(model, paths, build.pictures(cfg, alike[0]), autocast=autocast)
+        pixels = build.pictures(cfg, alike[0])
+        kept[look] = encode_pictures(model, paths, pixels, autocast=autocast, kept_in=cfg.features)
     for stage, mixture in data.items():
         for dataset in mixture.datasets:
             dataset.features = kept[looks[stage]]
@@ -271,34 +278,64 @@ def start_from_words(
     return asdict(reached)
 
 
+def told_to_wandb(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """What tells a W&B run from others: its name, the run folder's; tags; and the configuration, nested as config.yaml has it.
+
+    Beside the configuration stand `axes`, each axis' choice, and `row`: the choices and what else was asked for, in words. Runs
+    with one `row` are the seeds of one row of a table.
+    """
+    hydra = HydraConfig.get()
+    axes = {axis: hydra.runtime.choices[axis] for axis in AXES}
+    return {
+        "name": run.folder.name,
+        "tags": [f"{axis}:{choice}" for axis, choice in axes.items()],
+        "config": run.config_dict() | {"axes": axes, "row": " ".join(["-".join(axes.values()), *overridden(hydra)])},
+    }
+
+
+def costs(run: Run) -> dict[str, float]:
+    """What the finished stages cost: `image_tokens` of a picture, `projector_parameters`, and `<stage>/samples_per_second`."""
+    told = {}
+    for name in filter(run.finished, build.STAGES):
+        facts = json.loads((run.folder / name / "stage.json").read_text())
+        told |= {key: facts[key] for key in ("image_tokens", "projector_parameters") if key in facts}
+        told[f"{name}/samples_per_second"] = facts["samples_per_second"]
+    return told
+
+
 @contextmanager
 def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
     """The run's W&B logger, or None with `logger=csv`. Its id is kept in the run folder, so a repeated command continues the same
-    W&B run; and it ends as the process does: an error marks it as failed.
+    W&B run. It is open from here on, and ends as the process does: an error or an interrupt marks it as failed, and one that is
+    killed says nothing of its end, by which W&B knows it as crashed. Its group is W&B's own WANDB_RUN_GROUP.
+
+    A process told to stop (SIGTERM) ends with 143 as usual: Lightning's own exception would end it with 0.
     """
     chosen: partial = instantiate(cfg.logger)
-    if chosen.func is CSVLogger:
-        yield None
-        return
-    os.environ.setdefault("WANDB_SILENT", "true")
-    logger = chosen(
-        save_dir=run.folder,
-        id=run.facts["wandb_id"],
-        name=run.folder.name,
-        tags=run.folder.name.split("-"),
-        config=run.config_dict(),
-        resume="allow",
-    )
+    logger = None
+    if chosen.func is not CSVLogger:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        # Seconds, 15 by itself. `wandb sync` of many runs sends none if one was killed before its first lines were on the disk.
+        os.environ.setdefault("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "1")
+        logger = chosen(save_dir=run.folder, id=run.facts["wandb_id"], resume="allow", **told_to_wandb(cfg, run))
+        logger.experiment  # noqa: B018  made when first asked for
     try:
         yield logger
-    except BaseException:
-        logger.experiment.finish(exit_code=1)
+    except BaseException as error:
+        if logger:
+            logger.experiment.finish(exit_code=1)
+        if isinstance(error, SIGTERMException):
+            raise SystemExit(128 + signal.SIGTERM) from None
         raise
-    logger.experiment.finish(exit_code=0)
+    if logger:
+        # By every process that ends well: of a run that was interrupted, W&B keeps the last one's summary.
+        logger.log_metrics(costs(run))
+        logger.experiment.finish(exit_code=0)
 
 
-def _world_size(trainer: dict[str, Any]) -> int:
+def world_size(trainer: Mapping[str, Any]) -> int:
     """Devices that the trainer will use."""
+    quiet()
     keys = ("accelerator", "devices", "num_nodes")
     return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
 

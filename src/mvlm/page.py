@@ -27,7 +27,14 @@ table { border-collapse: collapse; background: var(--card); border-radius: 8px; 
   overflow-x: auto; }
 th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
 th, td { white-space: pre; } td:first-child { white-space: normal; }
-th:first-child, td:first-child { text-align: left; } tr:last-child td { font-weight: 600; border: 0; }
+th:first-child, td:first-child { text-align: left; } tr:last-child td { border: 0; }
+table:not(.wide) tr:last-child td { font-weight: 600; }
+body:has(.wide) { max-width: 1400px; } table.wide { font-size: 13px; } .wide :is(th, td) { padding: 6px 9px; vertical-align: top; }
+.wide :is(th, td):nth-child(2) { text-align: left; } .wide td:is(:nth-child(2), :last-child) { white-space: normal; }
+.wide small { display: block; color: var(--soft); white-space: nowrap; }
+tr.theirs td { font-style: italic; color: var(--soft); font-size: 12px; padding-top: 0; } tr.ours td { border: 0; padding-bottom: 1px; }
+.warning { border-left: 5px solid #d98a1f; background: var(--card); color: var(--ink); padding: 10px 14px; border-radius: 4px; max-width: none;
+  margin-bottom: 12px; }
 .top { display: flex; gap: 24px; flex-wrap: wrap; align-items: flex-start; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 14px; }
 .card { background: var(--card); border-radius: 8px; overflow: hidden; }
@@ -59,6 +66,10 @@ addEventListener("pageshow", show);
 """
 
 T = TypeVar("T")
+
+
+class Html(str):
+    """A cell of a table that is HTML already."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +153,20 @@ def curve_figure(history: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Rows under their heads; the first column names them."""
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], kinds: Sequence[str] = ()) -> str:
+    """Rows under their heads; the first column names them.
 
-    def line(tag: str, cells: Sequence[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+    Args:
+        kinds: `ours` or `theirs`, of each row of a wide table.
+    """
 
-    return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
+    def line(tag: str, cells: Sequence[Any], kind: str = "") -> str:
+        inner = (cell if isinstance(cell, Html) else html.escape(str(cell)) for cell in cells)
+        return f"<tr{kind}>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in inner) + "</tr>"
+
+    classes = [f' class="{kind}"' for kind in kinds] or [""] * len(rows)
+    lines = "".join(line("td", row, kind) for row, kind in zip(rows, classes, strict=True))
+    return ('<table class="wide">' if kinds else "<table>") + line("th", head) + lines + "</table>"
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:

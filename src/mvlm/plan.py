@@ -205,8 +205,11 @@ def count_samples(names: list[str], corpus: Mapping[str, Any]) -> int:
     return sum((counts | own)[name] for name in names)
 
 
-def plan(cfg: DictConfig) -> Plan:
-    """The whole cell of a config as `conf/plan.yaml` composes it; a stage without data is left out.
+def plan(cfg: DictConfig, devices: int, text: int) -> Plan:
+    """The whole cell of a config as `conf/plan.yaml` or `conf/train.yaml` composes it; a stage without data is left out.
+
+    Args:
+        text: tokens of text a sample.
 
     Raises:
         ValueError: no stage has data, or a source has no count.
@@ -216,7 +219,7 @@ def plan(cfg: DictConfig) -> Plan:
     from mvlm.strategy.parameters import freeze_and_group
 
     plain, stages = meta_model(cfg.model.module), {}
-    parameters, positions = count_parts(plain), plain.image_tokens + cfg.text
+    parameters, positions = count_parts(plain), plain.image_tokens + text
     corpus = OmegaConf.to_container(cfg.corpus, resolve=False)
     for name, stage in cfg.strategy.items():
         samples, recipe = count_samples(list(cfg.data[name]), corpus), cfg.recipe[name]
@@ -229,11 +232,11 @@ def plan(cfg: DictConfig) -> Plan:
         stages[name] = StagePlan(
             samples=seen,
             steps=math.ceil(samples / recipe.batch) * recipe.epochs,
-            micro_batch=min(recipe.micro_batch, max(1, recipe.batch // cfg.devices)),
+            micro_batch=min(recipe.micro_batch, max(1, recipe.batch // devices)),
             parameters=sum(count_parts(model).values()),
             learning=learning,
-            work=work(model, cfg.text),
-            activations=activations(model.language.config, positions, cfg.text, "language" in learning),
+            work=work(model, text),
+            activations=activations(model.language.config, positions, text, "language" in learning),
         )
     if not stages:
         raise ValueError("both stages are empty: data.pretrain and data.finetune name no source")
@@ -332,7 +335,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.peak is None and cfg.gpu not in GPUS:
         raise ValueError(f"gpu={cfg.gpu}: known are {', '.join(GPUS)}; for another device give peak=<its TFLOP/s>")
     gpu, (peak, memory) = (cfg.gpu, GPUS[cfg.gpu]) if cfg.peak is None else ("device", (cfg.peak, None))
-    made = plan(cfg)
+    made = plan(cfg, cfg.devices, cfg.text)
     console = Console(highlight=False)
     console.print(
         _parameters_table(made, cfg.cell),

@@ -34,7 +34,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mvlm.benchmark.base import Benchmark, Protocol, Sums, drawn_again, percent
+from mvlm.benchmark.base import Benchmark, Protocol, Question, Sums, drawn_again, percent
 from mvlm.benchmark.evaluate import AVERAGED, answers_file, stored
 from mvlm.cli import CONF
 from mvlm.page import CONTROLS, Shown, document, gallery, spread, table
@@ -122,8 +122,14 @@ class Side:
         told = ", ".join(f"{name} {fact}" if fact else f"{name} not recorded" for name, fact in facts.items())
         return f"{self.path} ({told})"
 
-    def score(self, benchmark: Benchmark, view: str) -> tuple[Sums, dict[str, str]]:
+    def score(
+        self, benchmark: Benchmark, questions: Sequence[Question], sha256: str, view: str
+    ) -> tuple[Sums, dict[str, str]]:
         """The sums behind a score, and the answers by question id, from the answers stored beside results.json.
+
+        Args:
+            questions: the benchmark's, read once for all sides.
+            sha256: their hash, see `mvlm.score.fingerprint`.
 
         Raises:
             ValueError: they are not there or not whole, answer other questions, or give another score than results.json has.
@@ -131,8 +137,13 @@ class Side:
         file = answers_file(self.path.parent / "answers", benchmark, view)
         if not file.is_file():
             raise ValueError(f"{file} is missing")
-        told = {key: line["text"] for key, line in stored(file, benchmark.questions()).items()}
-        score, recorded = benchmark.score(told), self.results["benchmarks"][benchmark.name][view]["value"]
+        if self.results.get("questions", {}).get(benchmark.name, {}).get("sha256", sha256) != sha256:
+            raise ValueError(
+                "the benchmark's files hold other questions than were answered: name their folder, benchmark_root=..."
+            )
+        told = {key: line["text"] for key, line in stored(file, questions).items()}
+        score = benchmark.score(told, questions)
+        recorded = self.results["benchmarks"][benchmark.name][view]["value"]
         if abs(score.value - recorded) > CLOSE:
             raise ValueError(f"{file} gives {score.value:.2f} where results.json has {recorded:.2f}: evaluate again")
         if score.sums is None:
@@ -172,22 +183,42 @@ def is_mean(score: Mapping[str, Any]) -> bool:
     return abs(100 * np.mean(list(score["per_question"].values())) - score["value"]) < CLOSE
 
 
-def sums_of_marks(a: Side, b: Side, name: str, view: str) -> tuple[Sums, Sums]:
-    """From results.json alone, which suffices for a score that is the mean of its marks.
+def sums_of_marks(sides: Sequence[Side], name: str, view: str) -> list[Sums]:
+    """From results.json alone, which suffices for a score that is the mean of its marks; pictures in the first side's order.
 
     Raises:
         ValueError: it is not, or which questions share a picture is not recorded.
     """
-    one, two = (side.results["benchmarks"][name][view] for side in (a, b))
-    pictures = a.results.get("questions", {}).get(name, {}).get("pictures")
-    if not (is_mean(one) and is_mean(two)):
+    scores = [side.results["benchmarks"][name][view] for side in sides]
+    pictures = sides[0].results.get("questions", {}).get(name, {}).get("pictures")
+    if not all(map(is_mean, scores)):
         raise ValueError("the score is no mean of marks")
     if pictures is None:
         raise ValueError("which questions share a picture is not recorded: evaluate again")
-    keys = list(one["per_question"])
+    keys = list(scores[0]["per_question"])
     rows = [pictures.get(key, key) for key in keys]
-    first, second = (Sums.of([(score["per_question"][k], 1) for k in keys], rows, percent) for score in (one, two))
-    return first, second
+    return [Sums.of([(score["per_question"][k], 1) for k in keys], rows, percent) for score in scores]
+
+
+def from_marks(sides: Sequence[Side], name: str, view: str, error: Exception) -> tuple[list[Sums], str]:
+    """`sums_of_marks` where the answers could not be read, for the reason given, or nothing; and a note that says so."""
+    note = f"from the marks in results.json alone ({error})"
+    try:
+        return sums_of_marks(sides, name, view), note
+    except ValueError as error:
+        return [], f"{note}, and without interval and test ({error})"
+
+
+def together(sums: Sequence[Sums]) -> Sums:
+    """The mean of several runs' scores on the same questions, as one score: a picture is drawn, or exchanged, for all of them."""
+    if len(sums) == 1:
+        return sums[0]
+    ends = np.cumsum([one.by_picture.shape[1] for one in sums])[:-1]
+
+    def value(totals: np.ndarray) -> np.ndarray:
+        return np.mean([one.value(part) for one, part in zip(sums, np.split(totals, ends, 1), strict=True)], axis=0)
+
+    return Sums(np.hstack([one.by_picture for one in sums]), value)
 
 
 def flipped(a: Side, b: Side, made: Benchmark, view: str) -> tuple[Sums, Sums, list[Item]]:
@@ -197,12 +228,8 @@ def flipped(a: Side, b: Side, made: Benchmark, view: str) -> tuple[Sums, Sums, l
         ValueError: answers or benchmark files are not there, or are others than those scored.
     """
     questions = made.questions()
-    recorded = a.results.get("questions", {}).get(made.name)
-    if recorded and recorded["sha256"] != fingerprint(questions)["sha256"]:
-        raise ValueError(
-            "the benchmark's files hold other questions than were answered: name their folder, benchmark_root=..."
-        )
-    (one, said), (two, said_b) = a.score(made, view), b.score(made, view)
+    sha256 = fingerprint(questions)["sha256"]
+    (one, said), (two, said_b) = (side.score(made, questions, sha256, view) for side in (a, b))
     marks, marks_b = (side.results["benchmarks"][made.name][view]["per_question"] for side in (a, b))
     return one, two, [
         Item(made.name, q, {"A": said[q.id], "B": said_b[q.id]}, {"A": marks[q.id], "B": marks_b[q.id]})
@@ -235,37 +262,56 @@ def compare(a: Side, b: Side, view: str = "none", root: str | Path | None = None
     root = root or next((folder for folder in said if Path(folder).is_dir()), said[0])
     found: dict[str, dict[str, Any]] = {}
     shown: list[Shown] = []
-    apart: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    sums: dict[str, Sequence[Sums]] = {}
     for name in names:
         one, two = (side.results["benchmarks"][name][view] for side in (a, b))
         entry = found[name] = both(one, two)
         try:
             made = benchmark(name, root, one.get("protocol", a.results["protocol"]))
-            *sums, items = flipped(a, b, made, view)
+            *sums[name], items = flipped(a, b, made, view)
             shown += [flip(item) for item in spread(items, PAGE_QUESTIONS // len(names))]
         except (ValueError, OSError) as error:
-            entry["note"] = f"from the marks in results.json alone ({error})"
-            try:
-                sums = sums_of_marks(a, b, name, view)
-            except ValueError as error:
-                entry["note"] += f", and without interval and test ({error})"
-                continue
-        draw = np.random.default_rng(list(name.encode()))  # its own, whatever else is compared
-        apart[name] = bootstrapped(*sums, draw), exchanged(*sums, draw)
-        entry |= {"pictures": len(sums[0].by_picture), **told_apart(entry["difference"], *apart[name])}
-        marks = {*one["per_question"].values(), *two["per_question"].values()}
-        if entry["pictures"] == entry["questions"] and marks <= {0, 1} and is_mean(one) and is_mean(two):
-            entry |= {"p": mcnemar(len(entry["fell"]), len(entry["rose"])), "test": "McNemar"}
-    avg = None
-    if set(AVERAGED) <= set(apart):
-        avg = {key: sum(found[name][key] for name in AVERAGED) / len(AVERAGED) for key in ("a", "b", "difference")}
-        again, null = (np.mean([apart[name][kind] for name in AVERAGED], axis=0) for kind in (0, 1))
-        avg |= told_apart(avg["difference"], again, null)
+            sums[name], entry["note"] = from_marks([a, b], name, view, error)
+    avg = judge(found, sums)
     tested = {name: entry for name, entry in {**found, "avg": avg or {}}.items() if "p" in entry}
     for name, p in holm({name: entry["p"] for name, entry in tested.items()}).items():
         tested[name]["p_holm"] = p
     about = {"a": a.about(), "b": b.about(), "view": view, "tests": len(tested), "draws": DRAWS}
     return about | {"benchmarks": found, "avg": avg, "not_compared": skipped}, shown
+
+
+def judge(
+    found: Mapping[str, dict[str, Any]], sums: Mapping[str, Sequence[Sums]], draws: int = DRAWS
+) -> dict[str, Any] | None:
+    """Add interval and test to the differences of the benchmarks whose sums are known, and make the average's.
+
+    Args:
+        found: by benchmark `a`, `b`, `difference`.
+        sums: by benchmark, of `a` and of `b`; empty where they are not known.
+
+    Returns:
+        The average's entry, or None without all six.
+    """
+    apart: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, (a, b) in ((name, some) for name, some in sums.items() if some):
+        draw = np.random.default_rng(list(name.encode()))  # its own, whatever else is compared
+        apart[name] = bootstrapped(a, b, draw, draws), exchanged(a, b, draw, draws)
+        found[name] |= {"pictures": len(a.by_picture), **told_apart(found[name]["difference"], *apart[name])}
+        if coins(a) and coins(b):
+            fell, rose = ((np.sign(b.by_picture - a.by_picture)[:, 0] == way).sum() for way in (-1, 1))
+            found[name] |= {"p": mcnemar(int(fell), int(rose)), "test": "McNemar"}
+    if not set(AVERAGED) <= set(apart):
+        return None
+    avg = {key: sum(found[name][key] for name in AVERAGED) / len(AVERAGED) for key in ("a", "b", "difference")}
+    again, null = (np.mean([apart[name][kind] for name in AVERAGED], axis=0) for kind in (0, 1))
+    return avg | told_apart(avg["difference"], again, null)
+
+
+def coins(sums: Sums) -> bool:
+    """Whether a score is the mean of marks 0 or 1, one a picture, so that exchanging is tossing coins."""
+    return (
+        sums.value is percent and set(np.unique(sums.by_picture[:, 0])) <= {0, 1} and (sums.by_picture[:, 1] == 1).all()
+    )
 
 
 def both(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 config.yaml      the resolved configuration
 run.json         versions, hardware, commit, seed, hashes of the data, the W&B run id
+outcome.json     of a cell of a sweep: done, failed or killed, its error, when it began and how long it took
+log.txt          and what it printed
 pretrain/        the model after the stage, in the released layout; stage.json: losses, what moved, counts; metrics.csv by step
 finetune/        likewise
 wandb/           the offline W&B run; `wandb sync` sends it
@@ -13,6 +15,7 @@ wrong.html       the wrong answers, to be filtered; of another protocol all thre
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +33,10 @@ from omegaconf import DictConfig, OmegaConf
 MACHINE_KEYS = (
     "runs",
     "cell",
+    "sweeps",
+    "seeds",
+    "fail_fast",
+    "features",
     "workers",
     "trainer",
     "logger",
@@ -71,20 +78,38 @@ AXES = ("model", "projector", "data", "strategy")
 """The choices that name a cell."""
 
 
-def cell_name(cfg: DictConfig) -> str:
-    """`pocket-ldpv2-v2-unfreeze_llm-s0`: the axes and the seed, and six digits of a hash if anything else was overridden."""
-    hydra = HydraConfig.get()
-    name = "-".join([*(hydra.runtime.choices[axis] for axis in AXES), f"s{cfg.seed}"])
+def content(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the experiment, resolved and flat; where and how fast it runs is left out."""
+    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
+    return {k: v for k, v in flatten(plain).items() if k.split(".")[0] not in MACHINE_KEYS}
+
+
+def overridden(hydra: DictConfig) -> list[str]:
+    """The words of the command line that change the experiment beyond its axes and seed, sorted."""
     free = (*AXES, "seed", *MACHINE_KEYS)
-    keys = [override.lstrip("+~").split("=")[0] for override in hydra.overrides.task]
-    if all(key in free or key.split(".")[0] in MACHINE_KEYS for key in keys):
+    keys = {word: word.lstrip("+~").split("=")[0] for word in hydra.overrides.task}
+    return sorted(word for word, key in keys.items() if key not in free and key.split(".")[0] not in MACHINE_KEYS)
+
+
+def cell_name(cfg: DictConfig, hydra: DictConfig | None = None) -> str:
+    """`pocket-ldpv2-v2-unfreeze_llm-s0`: the axes and the seed, and six digits of a hash if anything else was overridden.
+
+    The hash is of the content but for the seed: seeds of one cell differ in their number alone.
+
+    Args:
+        hydra: Hydra's own node; that of the running script if None.
+    """
+    hydra = hydra or HydraConfig.get()
+    name = "-".join([*(hydra.runtime.choices[axis] for axis in AXES), f"s{cfg.seed}"])
+    if not overridden(hydra):
         return name
-    content = {
-        k: v
-        for k, v in flatten(OmegaConf.to_container(cfg, resolve=True)).items()
-        if k.split(".")[0] not in MACHINE_KEYS
-    }
-    return f"{name}-{hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:6]}"
+    hashed = {k: v for k, v in content(cfg).items() if k != "seed"}
+    return f"{name}-{hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:6]}"
+
+
+def beside(protocol: str) -> str:
+    """What the names of another protocol's files and figures end in, so that they stand beside the paper's."""
+    return "" if protocol == "paper" else f"-{protocol}"
 
 
 class Run:
@@ -98,28 +123,17 @@ class Run:
         """Make the folder of a configuration, or find it again.
 
         Raises:
-            ValueError: the folder holds another configuration; the message lists what differs.
+            ValueError: the folder holds another configuration (the message lists what differs), or another process trains there.
         """
         run = cls(Path(cfg.runs) / (cfg.cell or cell_name(cfg)))
-        wanted = OmegaConf.to_container(cfg, resolve=True)
-        config = run.folder / "config.yaml"
-        if config.exists():
-            there = OmegaConf.to_container(OmegaConf.load(config))
-            old, new = (
-                {k: v for k, v in flatten(t).items() if k.split(".")[0] not in MACHINE_KEYS} for t in (there, wanted)
+        if differs := run.differs(cfg):
+            raise ValueError(
+                f"{run.folder} holds a run of another configuration:\n" + "\n".join(differs[:20]) + "\n"
+                "Give this one another name (cell=my-name), or remove the folder."
             )
-            differs = [
-                f"  {k}: {old.get(k)!r} there, {new.get(k)!r} here"
-                for k in sorted(old | new)
-                if old.get(k) != new.get(k)
-            ]
-            if differs:
-                raise ValueError(
-                    f"{run.folder} holds a run of another configuration:\n" + "\n".join(differs[:20]) + "\n"
-                    "Give this one another name (cell=my-name), or remove the folder."
-                )
         run.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(wanted), config)
+        run.lock()
+        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), run.folder / "config.yaml")
         if not (run.folder / "run.json").exists():
             run.note(**manifest(), seed=cfg.seed, wandb_id=uuid.uuid4().hex[:8])
         return run
@@ -139,6 +153,52 @@ class Run:
             )
         return run
 
+    def differs(self, cfg: DictConfig) -> list[str]:
+        """What the folder's configuration says otherwise than this one; nothing if it has none yet."""
+        if not (self.folder / "config.yaml").exists():
+            return []
+        old, new = content(self.config_dict()), content(cfg)
+        keys = sorted(k for k in old | new if old.get(k) != new.get(k))
+        return [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in keys]
+
+    def lock(self) -> None:
+        """Keep the folder to this process (of several that train together: to the first) until it ends, however it ends.
+
+        The system itself drops the lock with the process, so a killed one leaves none behind.
+
+        Raises:
+            ValueError: another process has it.
+        """
+        if int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("SLURM_PROCID", 0)):
+            return
+        me = f"process {os.getpid()} on {platform.node()}"
+        held = open(self.folder / ".lock", "a+")  # noqa: SIM115 (closed when the process ends)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            held.seek(0)
+            owner = held.read()
+            held.close()
+            if owner == me:  # an earlier look at the same folder, in a notebook say
+                return
+            raise ValueError(f"{self.folder} is being trained by {owner}: wait for it, or end it") from None
+        held.truncate(0)
+        held.write(me)
+        held.flush()
+        self._lock = held
+
+    @property
+    def locked(self) -> bool:
+        """Whether a living process trains here."""
+        if not (self.folder / ".lock").exists():
+            return False
+        with open(self.folder / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     @property
     def config(self) -> DictConfig:
         """The configuration it was made with."""
@@ -157,6 +217,11 @@ class Run:
     def note(self, **facts: Any) -> None:
         """Add to run.json."""
         write_json(self.folder / "run.json", self.facts | facts)
+
+    def results(self, protocol: str = "paper") -> dict[str, Any]:
+        """The scores by a protocol; empty if there are none."""
+        path = self.folder / f"results{beside(protocol)}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def finished(self, stage: str) -> bool:
         """Whether a stage was trained to its end and saved."""

@@ -27,7 +27,7 @@ from mvlm.data.corpus import Corpus
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.page import CONTROLS, Shown, curve_figure, document, gallery, picture_of, score_table, spread, table
-from mvlm.run import Run, manifest, write_json
+from mvlm.run import Run, beside, manifest, write_json
 
 TITLES = {"gqa": "GQA", "sqa": "SQA-I", "textvqa": "VQA-T", "pope": "POPE", "mme": "MME-P", "mmbench": "MMB-dev"}
 """Column heads of the paper's tables."""
@@ -211,18 +211,14 @@ def publish(
     """
     questions = {benchmark.name: fingerprint(benchmark.questions()) for benchmark in found}
     results |= {"model": run.folder.name, "corpus": str(folder), **manifest(), "questions": questions}
-    write_json(run.folder / f"results{beside(results)}.json", results)
+    end = beside(results["protocol"])
+    write_json(run.folder / f"results{end}.json", results)
     items = collect(results, found, run.folder / "answers")
     for name, page in (("index", page_of), ("wrong", wrong_page)):
-        (run.folder / f"{name}{beside(results)}.html").write_text(page(run, results, items), encoding="utf-8")
+        (run.folder / f"{name}{end}.html").write_text(page(run, results, items), encoding="utf-8")
     show(results, run)
     log(results, items, wandb)
     return results
-
-
-def beside(results: dict[str, Any]) -> str:
-    """What the names of another protocol's files and figures end in, so that they stand beside the paper's."""
-    return "" if results["protocol"] == "paper" else f"-{results['protocol']}"
 
 
 def fingerprint(questions: Sequence[Question]) -> dict[str, Any]:
@@ -292,7 +288,7 @@ def show(results: dict[str, Any], run: Run) -> None:
     if flips := results.get("flips"):
         flipped, items = (sum(told[key] for told in flips.values()) for key in ("flipped", "items"))
         Console().print(f"answered one at a time, {flipped} of {items} answers come out otherwise")
-    index, wrong = (run.folder / f"{name}{beside(results)}.html" for name in ("index", "wrong"))
+    index, wrong = (run.folder / f"{name}{beside(results['protocol'])}.html" for name in ("index", "wrong"))
     Console().print(f"look at {index} and {wrong}")
 
 
@@ -313,7 +309,7 @@ def log(results: Mapping[str, Any], items: Mapping[str, Sequence[Item]], wandb: 
         return
     import wandb as library
 
-    end = beside(results)
+    end = beside(results["protocol"])
     summary = {f"scores{end}/avg/{view}": value for view, value in results["avg"].items()}
     views = list(results["avg"])
     columns = ["benchmark", "id", "group", "picture", "question", "truth"]
@@ -372,7 +368,8 @@ def page_of(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[Item
     scores = f'<div class="top">{score_table(rows(results))}{curve_figure(history)}</div>'
     total = sum(map(len, items.values()))
     heading = f"{len(shown)} of {total} questions, with their answers"
-    links = f'<p><a href="wrong{beside(results)}.html">The wrong answers, to be filtered</a></p>'
+    end = beside(results["protocol"])
+    links = f'<p><a href="wrong{end}.html">The wrong answers, to be filtered</a></p>'
     return document(run.folder.name, note, {"Scores": scores, heading: links + gallery(shown)})
 
 
@@ -399,6 +396,7 @@ def wrong_page(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[I
         f"{about(run, results)}. Wrong is a mark below 0.5. At most {share} a benchmark are shown, evenly spread over its wrong "
         "answers; answers/ holds all."
     )
-    links = f'<p><a href="index{beside(results)}.html">Scores</a></p>'
+    end = beside(results["protocol"])
+    links = f'<p><a href="index{end}.html">Scores</a></p>'
     title = f"{run.folder.name}: wrong answers"
     return document(title, note, {"Counts": links + table(head, counts), "Wrong answers": gallery(shown, filters=True)})

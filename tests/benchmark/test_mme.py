@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mvlm.benchmark.base import Question
 from mvlm.benchmark.mme import MME, PERCEPTION, points, prompt, said
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -142,3 +144,15 @@ def test_empty_very_long_and_all_right_answers(benchmark):
     assert benchmark.score(predictions("Yes, " * 50_000)).unit_value == pytest.approx(500)
     truth = {q.id: q.truth for q in benchmark.questions()}
     assert benchmark.score(truth).unit_value == pytest.approx(2000)
+
+
+def test_a_category_that_a_draw_misses_is_no_loss() -> None:
+    """Two categories of one picture each, all right: every draw of pictures has the full score, whichever of them it holds."""
+    questions = [
+        Question(f"{group}/{n}", "Is it?", Path(f"{group}.png"), "yes", group)
+        for group in ("existence", "count")
+        for n in (1, 2)
+    ]
+    score = MME.marked(SimpleNamespace(protocol="paper"), questions, {q.id: "yes" for q in questions})
+    assert score.unit_value == 400
+    assert score.sums.value(np.array([[2, 2, 1, 1] + [0] * 36])) == pytest.approx(20)

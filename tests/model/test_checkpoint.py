@@ -30,6 +30,7 @@ from mvlm.model.mobilevlm import MobileVLM
 from mvlm.model.names import CLIP, PROJECTOR, TOWER, clip_names, model_names, projector_type
 from mvlm.model.vision import Vision
 from mvlm.projector.avgpool import AvgPool
+from mvlm.projector.c_abstractor import CAbstractor
 from mvlm.projector.ldpv1 import LDPv1
 from mvlm.projector.ldpv2 import LDPv2
 from mvlm.projector.learnable_pe import LearnablePE
@@ -279,6 +280,21 @@ def test_a_projector_that_no_table_knows(tmp_path):
     # a folder must not choose what code is run: only this package's projectors are imported by name
     with pytest.raises(ValueError, match="Mine' is none of mlp2x_gelu"):
         from_released(tmp_path)
+
+
+def test_arguments_of_a_projector_that_no_table_knows(tmp_path):
+    """They may show in no tensor: another number of tokens is pooled by the same weights."""
+    model = small(partial(CAbstractor, grid=4, tokens=9, depth=1, hidden=8))
+    save_checkpoint(model, tmp_path)
+    told = {"grid": 4, "tokens": 9, "depth": 1, "hidden": 8}
+    assert read_config(tmp_path)["mm_projector_arguments"] == told
+    again, features = from_released(tmp_path), torch.randn(1, 16, 16)
+    assert again.image_tokens == 9 and same(model.state_dict(), again.state_dict())
+    assert torch.equal(model.project(features), again.project(features))
+    other = small(partial(CAbstractor, grid=4, tokens=4, depth=1, hidden=8))
+    refused(
+        other, lambda: load_checkpoint(other, tmp_path), r"'tokens': 9.*the model has .*'tokens': 4.*choose the same"
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "ldpnetv2_pool1", "os.path.join", "mvlm.projector.none.None"])

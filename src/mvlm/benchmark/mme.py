@@ -47,7 +47,6 @@ def said(answer: str, protocol: Protocol = "paper") -> str:
 def points(sums: np.ndarray) -> np.ndarray:
     """(..., categories, 4) sums of (right, questions, both right, pictures) -> (..., categories), 0 to 200 each."""
     right, questions, both, pictures = np.moveaxis(sums, -1, 0)
-    # A resample of the interval may draw no picture of a small category: it counts 0 there.
     return 100 * (right / np.maximum(questions, 1) + both / np.maximum(pictures, 1))
 
 
@@ -104,11 +103,14 @@ class MME(Benchmark):
             counts[row, PERCEPTION.index(one.group)] = both, 2, both == 2, 1
         detail = dict(zip(PERCEPTION, points(counts.sum(0)).tolist(), strict=True))
         total = sum(detail.values())
-        sums = Sums.of(
-            counts.reshape(len(counts), -1),
-            [one.image for one, _ in pairs],
-            lambda totals: points(totals.reshape(len(totals), len(PERCEPTION), 4)).sum(-1) / 20,
-        )
+        here = len({one.group for one, _ in pairs})
+
+        def of_totals(totals: np.ndarray) -> np.ndarray:
+            """Of each draw. A category of which it has no picture counts as the mean of those of which it has some."""
+            by_category = totals.reshape(len(totals), len(PERCEPTION), 4)
+            return points(by_category).sum(-1) / 20 * (here / (by_category[..., 3] > 0).sum(-1))
+
+        sums = Sums.of(counts.reshape(len(counts), -1), [one.image for one, _ in pairs], of_totals)
         return Score(
             value=total / 20,
             unit_value=total,

@@ -50,6 +50,9 @@ class Pictures:
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self.fill = tuple(int(255 * m) for m in mean)  # cut, not rounded, as the reference does
 
+    def __repr__(self) -> str:
+        return f"Pictures({self.size}, {self.mode!r}, {self.mean}, {self.std})"
+
     def __call__(self, image: str | Path | bytes | Image.Image) -> Tensor:
         """A file, its bytes or an opened picture to (3, S, S) float32.
 

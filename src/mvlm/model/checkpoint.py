@@ -33,6 +33,7 @@ from mvlm.model.names import (
     language_names,
     model_names,
     own_names,
+    projector_arguments,
     projector_from,
     projector_names,
     projector_type,
@@ -220,7 +221,8 @@ def from_released(folder: str | Path, *, vision: str | Path | None = None) -> Mo
     original = _original_tower(config, path, vision)
     tower = Vision(**(config.get("mm_vision_arguments") or _clip_arguments(tensors, original, path)))
     language = LlamaForCausalLM(_language_config(LlamaConfig, config))
-    model = MobileVLM(tower, projector_from(config["mm_projector_type"], tower.grid), language)
+    kind, arguments = config["mm_projector_type"], config.get("mm_projector_arguments", {})
+    model = MobileVLM(tower, projector_from(kind, tower.grid, arguments), language)
     _load(model, path, tensors, config, original)
     return model.eval()
 
@@ -362,15 +364,16 @@ def _check_projector(projector: nn.Module, config: Mapping[str, Any], path: Path
     """By type first: two projectors may have the same names and shapes.
 
     Raises:
-        ValueError: `mm_projector_type` is not the model's.
+        ValueError: `mm_projector_type` is not the model's, or `mm_projector_arguments` are not.
     """
-    here = projector_type(projector)
-    there = config.get("mm_projector_type", here)
-    if there != here:
-        raise ValueError(
-            f"{path} was trained with the projector {there!r} and the model has {here!r}, nothing was loaded: "
-            "choose the same projector and pooling, or another checkpoint"
-        )
+    told = {"mm_projector_type": projector_type(projector), "mm_projector_arguments": projector_arguments(projector)}
+    for key, here in told.items():
+        there = config.get(key, here)
+        if there != here:
+            raise ValueError(
+                f"{path} was trained with the projector {there!r} and the model has {here!r}, nothing was loaded: "
+                "choose the same projector and pooling, or another checkpoint"
+            )
 
 
 def _settle_language(language: nn.Module, tensors: dict[str, Tensor], config: Mapping[str, Any], source: Path) -> None:
@@ -477,13 +480,15 @@ def _replace_weights(aside: Path, folder: Path) -> None:
 
 
 def _released_config(model: MobileVLM, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """config.json as the reference writes it, and two keys of ours: how to build the tower, and that it is inside."""
+    """config.json as the reference writes it, and keys of ours: how to build the tower, that it is inside, and how to build a projector
+    that the reference has not."""
     config = json.loads(model.language.config.to_json_string())
     rope = config.pop("rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
     stored = {value.dtype for value in tensors.values()}
     arguments = {key: v for key, v in model.vision.arguments.items() if key not in ("pretrained", "checkpoint_path")}
+    of_projector = projector_arguments(model.projector)
     return {key: value for key, value in config.items() if not NOT_LANGUAGE.fullmatch(key)} | {
         "architectures": ["MobileLlamaForCausalLM"],
         "model_type": "mobilevlm",
@@ -495,6 +500,7 @@ def _released_config(model: MobileVLM, tensors: Mapping[str, Tensor]) -> dict[st
         "image_aspect_ratio": "pad",
         "image_grid_pinpoints": None,
         "mm_hidden_size": model.vision.width,
+        **({"mm_projector_arguments": of_projector} if of_projector else {}),
         "mm_projector_lr": None,
         "mm_projector_type": projector_type(model.projector),
         "mm_use_im_patch_token": False,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ PROJECTORS: dict[str, tuple[str, Table]] = {
     "mvlm_avgpool": ("mvlm.projector.avgpool.AvgPool", _LDPV2),
     "mvlm_learnable_pe": ("mvlm.projector.learnable_pe.LearnablePE", {**_LDPV2, "position": "pe.pe"}),
 }
-"""`mm_projector_type` -> class and names. Any other projector is stored by its class path and its own names."""
+"""`mm_projector_type` -> class and names. Any other projector is stored by its class path, its own names and the arguments it keeps."""
 
 POOL = 2
 """What these types pool by. Another factor changes no tensor's shape, so it makes another type: `mvlm_ldpnetv2_pool1`.
@@ -174,8 +175,15 @@ def projector_type(projector: nn.Module) -> str:
     return f"mvlm_{kind.removeprefix('mvlm_')}_pool{pool}"
 
 
-def projector_from(kind: str, grid: int) -> Callable[[int, int], nn.Module]:
-    """The reverse of `projector_type`, for a tower of grid x grid patches. Outside the table: with default arguments.
+def projector_arguments(projector: nn.Module) -> dict[str, Any]:
+    """What a projector outside the table was built with, as far as it keeps that under the arguments' own names."""
+    named = list(inspect.signature(type(projector)).parameters)[2:] if _stem(projector) not in PROJECTORS else []
+    kept = {name: getattr(projector, name, None) for name in named}
+    return {name: value for name, value in kept.items() if isinstance(value, bool | int | float | str)}
+
+
+def projector_from(kind: str, grid: int, arguments: Mapping[str, Any]) -> Callable[[int, int], nn.Module]:
+    """The reverse of `projector_type` and `projector_arguments`, for a tower of grid x grid patches.
 
     Raises:
         ValueError: a type from elsewhere. Only this package's projectors are imported by name.
@@ -196,6 +204,6 @@ def projector_from(kind: str, grid: int) -> Callable[[int, int], nn.Module]:
         raise ValueError(
             f"mm_projector_type {kind!r} names a projector that is not in this package: {error}"
         ) from error
-    known = {"pool": pool, "grid": grid} if stem in PROJECTORS else {"grid": grid}
+    known = {"grid": grid, **({"pool": pool} if stem in PROJECTORS else arguments)}
     takes = inspect.signature(made).parameters
     return partial(made, **{key: value for key, value in known.items() if key in takes})

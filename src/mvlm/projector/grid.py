@@ -1,4 +1,4 @@
-"""Patch tokens are a square picture read row by row. These three functions are all that projectors need to know of that."""
+"""Patch tokens are a square picture read row by row. These functions are all that projectors need to know of that."""
 
 from __future__ import annotations
 
@@ -32,6 +32,22 @@ def to_map(tokens: Tensor) -> Tensor:
 def to_tokens(grid: Tensor) -> Tensor:
     """(B, D, side, side) -> (B, N, D), the inverse of `to_map`."""
     return grid.flatten(2).transpose(1, 2)
+
+
+def token_side(tokens: int | None, grid: int) -> int:
+    """Side of a square of `tokens` made from grid x grid patches; half the grid's (rounded down) where no number is given.
+
+    Raises:
+        ValueError: no square number, or more tokens than patches.
+    """
+    wanted = grid // 2 if tokens is None else math.isqrt(max(tokens, 0))
+    if not 1 <= wanted <= grid or tokens not in (None, wanted**2):
+        squares = ", ".join(str(s * s) for s in sorted({grid // 3, grid // 2, 2 * grid // 3, grid}))
+        raise ValueError(
+            f"projector.tokens={tokens} is no square number from 1 to the {grid * grid} of the {grid}x{grid} patches: "
+            f"take one such as {squares}"
+        )
+    return wanted
 
 
 def average_pool(tokens: Tensor, k: int) -> Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvlm.model.mobilevlm import MobileVLM
@@ -19,22 +24,43 @@ def encode_pictures(
     *,
     autocast: torch.dtype | None = None,
     batch_size: int = 16,
+    kept_in: str | Path | None = None,
 ) -> dict[str, Tensor]:
     """The tower's output of every distinct picture.
 
     Args:
-        pixels: picture file -> (3, S, S).
+        pixels: picture file -> (3, S, S); what it prints as tells how.
         autocast: the precision the tower will have in training, too.
+        kept_in: a folder where other runs find the same features, with the same tower, pictures, pixels and precision.
 
     Returns:
         path -> (N, Dv) in `autocast`'s type, on the CPU: N * Dv * 2 bytes a picture, 442 kB at 576 x 384.
     """
     distinct, device = sorted(set(paths)), next(model.parameters()).device
     features: dict[str, Tensor] = {}
+    file = kept_in and Path(kept_in) / f"{_fingerprint(model, distinct, pixels, autocast)}.safetensors"
+    if file and file.exists():
+        return load_file(file)
     starts = range(0, len(distinct), batch_size)
     with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         for start in track(starts, description=f"encoding {len(distinct)} pictures"):
             some = distinct[start : start + batch_size]
             encoded = model.encode(torch.stack([pixels(path) for path in some]).to(device))
-            features.update(zip(some, encoded.to(autocast or encoded.dtype).cpu(), strict=True))
+            features.update(zip(some, encoded.to(autocast or encoded.dtype).cpu().contiguous(), strict=True))
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(f".{os.getpid()}")
+        save_file(features, aside)
+        aside.replace(file)
     return features
+
+
+def _fingerprint(model: MobileVLM, files: list[str], pixels: object, autocast: torch.dtype | None) -> str:
+    """Of all that features depend on; pictures by path, size and time of change."""
+    device = next(model.parameters()).device.type
+    told = [torch.__version__, device, str(autocast), repr(pixels), repr(model.vision)]
+    told += [[path, (stat := os.stat(path)).st_size, stat.st_mtime_ns] for path in files]
+    whole = sha256(json.dumps(told).encode())
+    for name, weight in model.vision.state_dict().items():
+        whole.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())
+    return whole.hexdigest()[:16]
