@@ -19,7 +19,7 @@ def test_without_an_engine_it_says_so(monkeypatch, bench, tmp_path):
     monkeypatch.setattr(far, "version", missing)
     files = bench.write(tmp_path)
     with pytest.raises(EngineError, match=r"there is no llama.cpp here .* pip install xllamacpp==.* gate=false"):
-        far.look(*files, gate.pictures(96))
+        far.Engine().look(*files, gate.pictures(96))
     with pytest.raises(EngineError):
         bench.gate().check(*files)
 
@@ -32,23 +32,23 @@ def test_a_file_that_ends_the_process_is_told_and_ours_goes_on(engine, bench, tm
     )
     monkeypatch.setattr(vision, "check_file", lambda *files: None)
     with pytest.raises(EngineError, match=r"xllamacpp \S+ was ended by signal 6 over look: .*GGML_ASSERT"):
-        far.look(*spoilt, gate.pictures(96))
+        far.Engine().look(*spoilt, gate.pictures(96))
 
 
 def test_what_the_server_refuses_is_told(engine, bench, tmp_path):
     ask = gate.prompt(bench.talk, "x" * 500, None)
     with pytest.raises(EngineError, match=r"ended with code 1 over ask: the server refused /completion: .*context"):
-        list(far.ask(*bench.write(tmp_path), [ask], limit=2, context=256))
+        list(far.Engine().ask(*bench.write(tmp_path), [ask], limit=2, context=256))
 
 
 def test_a_question_at_a_time_and_nobody_need_wait_for_the_rest(engine, bench, tmp_path):
     asked = [gate.prompt(bench.talk, "What?", picture) for picture in (*gate.pictures(96), None)]
     files = bench.write(tmp_path)
-    said = list(far.ask(*files, asked, limit=4))
+    said = list(far.Engine().ask(*files, asked, limit=4))
     assert len(said) == 4 and all(
         len(one.prompt) == (1 if ask.picture is None else 2) for ask, one in zip(asked, said, strict=True)
     )
-    assert next(iter(far.ask(*files, asked, limit=4))) == said[0]
+    assert next(iter(far.Engine().ask(*files, asked, limit=4))) == said[0]
 
 
 def test_a_library_of_another_layout_is_not_used_blindly(engine, monkeypatch):
@@ -66,7 +66,7 @@ def test_a_library_of_another_layout_is_not_used_blindly(engine, monkeypatch):
         def __call__(self):
             return self.value
 
-    monkeypatch.setattr(far, "_library", Other)
+    monkeypatch.setattr(far, "_library", lambda task: Other())
     with pytest.raises(SystemExit, match=r"its C functions are others than those of 2026.10.11549: take that version"):
         next(far._look({}))
 

@@ -53,7 +53,7 @@ def test_the_end_of_an_answer_is_among_its_ids(engine, bench, tmp_path):
     with torch.no_grad():
         talker.lm_head.weight[2] *= 3  # the end is the likeliest word every now and then
     ends = bench.with_model(small(language=talker))
-    said = list(far.ask(*ends.write(tmp_path), [ask for ask, _ in ends.gate().asked], limit=12))
+    said = list(far.Engine().ask(*ends.write(tmp_path), [ask for ask, _ in ends.gate().asked], limit=12))
     ended = [one for one in said if one.stopped]
     assert len(ended) > 0 and all(one.ids[-1] in (0, 2) for one in ended)
     assert all(one.ids[-1] not in (0, 2) and len(one.ids) == 12 for one in said if not one.stopped)
@@ -64,7 +64,7 @@ def test_a_quantised_file_is_held_against_its_own_weights(engine, bench, tmp_pat
     language, mmproj = own.write(tmp_path)
     held = own.gate()
     whole = held.check(language, mmproj)
-    far.quantise(language, tmp_path / "q4.gguf", "q4_0")
+    far.Engine().quantise(language, tmp_path / "q4.gguf", "q4_0")
     less = held.check(tmp_path / "q4.gguf", mmproj, "q4_0")
     assert whole.passed and less.passed, less.faults
     assert less.run.first_logprob > 2 * less.file.first_logprob, "4 bits change this model, and that is told"

@@ -50,7 +50,7 @@ def test_a_file_with_fewer_bits(engine, bench, tmp_path, quant, most):
     steps of an eighth of a block's largest: an error of about 0.29 steps a weight)."""
     model = llama(hidden_size=256, intermediate_size=512, num_hidden_layers=3)
     language.write(tmp_path / "f16.gguf", model, "small", tokenizer.vocabulary(bench.words, bench.words_folder, 259))
-    counts = far.quantise(tmp_path / "f16.gguf", tmp_path / "q.gguf", quant)
+    counts = far.Engine().quantise(tmp_path / "f16.gguf", tmp_path / "q.gguf", quant)
     whole, less = Opened(tmp_path / "f16.gguf"), Opened(tmp_path / "q.gguf")
     assert whole.names() == less.names() and sum(counts.values()) == 23
     for key in ("llama.rope.freq_base", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "llama.block_count"):

@@ -25,10 +25,9 @@ from mvlm.batch import IMAGE_TOKEN
 from mvlm.data.image import Pictures
 from mvlm.data.prompt import IMAGE_TAG, Template
 from mvlm.data.tokenizer import Tokenizer
-from mvlm.export import engine
 from mvlm.export.class_token import has_class_token, misordered
 from mvlm.export.container import Opened
-from mvlm.export.engine import MARKER, Ask, Said
+from mvlm.export.engine import MARKER, Ask, Engine, Said
 from mvlm.export.language import read_back
 from mvlm.model.mobilevlm import MobileVLM
 
@@ -227,13 +226,20 @@ class Gate:
 
     Args:
         model: in float32 on the CPU. A quantised file's weights are read into it.
+        engine: what runs the files; the package if None.
         progress: called with a title and how many; gives back what is called after each.
     """
 
     def __init__(
-        self, model: MobileVLM, words: Tokenizer, talk: Template, look: Pictures, threads: int = 1, progress: Any = None
+        self,
+        model: MobileVLM,
+        words: Tokenizer,
+        talk: Template,
+        look: Pictures,
+        engine: Engine | None = None,
+        progress: Any = None,
     ) -> None:
-        self.model, self.words, self.talk, self.look, self.threads = model.eval(), words, talk, look, threads
+        self.model, self.words, self.talk, self.look, self.engine = model.eval(), words, talk, look, engine or Engine()
         self.progress = progress or (lambda title, count: lambda: None)
         self.stop = talk.stop_ids(words)
         self.files = [shown(look, Image.open(BytesIO(file))) for file in pictures(look.size)]
@@ -252,8 +258,8 @@ class Gate:
         ours = self.answers(f"PyTorch, {quant}")
         self.of_the_run = self.of_the_run or ours
         step, said = self.progress(f"llama.cpp, {quant}", len(self.asked)), []
-        how = {"limit": TOKENS, "context": context(self.model), "threads": self.threads}
-        for one in engine.ask(language, mmproj, [ask for ask, _ in self.asked], **how):
+        how = {"limit": TOKENS, "context": context(self.model)}
+        for one in self.engine.ask(language, mmproj, [ask for ask, _ in self.asked], **how):
             said.append(one)
             step()
         for number, ((ask, _), one) in enumerate(zip(self.asked, said, strict=True), 1):
@@ -266,7 +272,7 @@ class Gate:
     def check_embeddings(self, language: Path, mmproj: Path) -> Parity:
         """The image embeddings of a pair of files, and the order in which this build of llama.cpp computes a class token."""
         tower = self.model.vision
-        theirs = engine.look(language, mmproj, self.files, threads=self.threads)
+        theirs = self.engine.look(language, mmproj, self.files)
         with tanh_gelu(self.model):
             errors = apart(theirs, embeddings(self.model, self.look, self.files))
         if has_class_token(tower) and _too_far(errors):

@@ -20,8 +20,9 @@ from rich.table import Table
 
 from mvlm.chat import Chat
 from mvlm.data.tokenizer import SentencePieceTokenizer
-from mvlm.export import class_token, engine, language, scores, tokenizer, vision
+from mvlm.export import class_token, language, scores, tokenizer, vision
 from mvlm.export.card import HEAD, card, jetson, parity_row, score_rows
+from mvlm.export.engine import Engine
 from mvlm.export.gate import Gate, Parity, context
 from mvlm.export.quantise import FILE_TYPES
 from mvlm.model.files import read_config
@@ -106,7 +107,7 @@ def export(cfg: DictConfig) -> Path:
     if cfg.quant not in QUANTS:
         raise ValueError(f"quant={cfg.quant}: there is no such type (there are: {', '.join(QUANTS)})")
     if cfg.gate or cfg.quant != "f16":
-        engine.engine()
+        _ = Engine.of(cfg).name  # an error now, if there is none
     if cfg.scores and not cfg.gate:
         raise ValueError("scores=true with gate=false: scores of unproven files would pass for the model's")
     torch.set_num_threads(cfg.threads)
@@ -146,7 +147,7 @@ def _fill(folder: Path, source: Source, cfg: DictConfig) -> None:
     Raises:
         Unproven: the gate did not pass; parity.json tells all of it.
     """
-    chat, found = source.chat, scores.opened(cfg, source.run) if cfg.scores else []
+    chat, engine, found = source.chat, Engine.of(cfg), scores.opened(cfg, source.run) if cfg.scores else []
     f16, wanted, mmproj = (folder / f"{part}.gguf" for part in ("language-f16", f"language-{cfg.quant}", "mmproj-f16"))
     vocabulary = tokenizer.vocabulary(chat.words, source.tokenizer, chat.model.language.config.vocab_size)
     language.write(f16, chat.model.language, source.name, vocabulary | tokenizer.chat_template(chat.talk))
@@ -158,14 +159,14 @@ def _fill(folder: Path, source: Source, cfg: DictConfig) -> None:
     parities, measured = [], None
     if cfg.gate:
         with _progress() as progress:
-            gate = Gate(chat.model, chat.words, chat.talk, chat.pictures, cfg.threads, progress)
+            gate = Gate(chat.model, chat.words, chat.talk, chat.pictures, engine, progress)
             parities = [gate.check(f16, mmproj)]
             if parities[0].passed and wanted != f16:
                 parities.append(gate.check(wanted, mmproj, cfg.quant))
-        _show_parity(source, parities)
+        _show_parity(source, engine, parities)
         if faults := [f"{parity.quant}: {fault}" for parity in parities for fault in parity.faults]:
             write_json(folder / "parity.json", [parity.as_dict() for parity in parities])
-            raise Unproven(f"{engine.engine()} does not compute what PyTorch does:\n  " + "\n  ".join(faults))
+            raise Unproven(f"{engine.name} does not compute what PyTorch does:\n  " + "\n  ".join(faults))
     if cfg.scores:
         with _progress() as progress:
             measured = scores.measure(cfg, source.run, chat, found, wanted, mmproj, progress)
@@ -183,7 +184,7 @@ def _fill(folder: Path, source: Source, cfg: DictConfig) -> None:
         },
         "proven": bool(parities),
         "needs a mended llama.cpp": mend,
-        "engine": engine.engine() if parities else None,
+        "engine": engine.name if parities else None,
         "parity": [parity.as_dict() for parity in parities],
         "scores": measured,
     }
@@ -250,14 +251,16 @@ def _show(title: str, head: tuple[str, ...], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def _show_parity(source: Source, parities: list[Parity]) -> None:
+def _show_parity(source: Source, engine: Engine, parities: list[Parity]) -> None:
     rows = [parity_row(parity.as_dict()) for parity in parities]
-    _show(f"{source.name}: {engine.engine()} beside PyTorch", HEAD, rows)
+    _show(f"{source.name}: {engine.name} beside PyTorch", HEAD, rows)
     for parity in parities:
         for tie in parity.ties:
             Console().print(f"{parity.quant}: {tie}: a near tie")
     if any(parity.class_token == "misordered" for parity in parities):
-        told = f"{engine.engine()} misplaces the class token and would see next to nothing with these files, which are right."
+        told = (
+            f"{engine.name} misplaces the class token and would see next to nothing with these files, which are right."
+        )
         Console().print(f"[bold yellow]{told} {class_token.CURE}[/]")
 
 
