@@ -189,6 +189,27 @@ def test_near_ties_are_told_and_clear_ones_are_faults(bench):
     )
 
 
+def test_past_a_tie_the_answers_are_compared_to_their_ends(bench):
+    """llama.cpp takes the second of two equal ids, and after it what PyTorch says then: no fault. Or something else: a fault."""
+    held = bench.gate()
+    ours = [held._answer(question) for question in range(2)]
+    second = [int(our.logprobs[1].topk(2).indices[1]) for our in ours]
+    ours = [Answer(our.ids, our.logprobs.clone()) for our in ours]
+    for our, other in zip(ours, second, strict=True):  # made equal
+        our.logprobs[1, other] = our.logprobs[1].max()
+    then = [
+        held._answer(number, [our.ids[0], other]) for number, (our, other) in enumerate(zip(ours, second, strict=True))
+    ]
+    assert all(after.ids[:2] == [our.ids[0], other] for after, our, other in zip(then, ours, second, strict=True))
+    worst = int(then[1].logprobs[2].argmin())
+    told = [then[0].ids, [*then[1].ids[:2], worst, *then[1].ids[3:]]]
+    said = [far.Said(ids, False, [None] * len(ids), [], "") for ids in told]
+    found = held.agreement(ours, said, past_ties=True)
+    assert [(p.question, p.step, p.tie) for p in found.partings] == [(0, 1, True), (1, 1, True), (1, 2, False)]
+    assert len(held.agreement(ours, said).partings) == 2, "a quantised file's answers are compared up to their parting"
+    assert found.as_dict()["same"] == 0
+
+
 def test_not_a_number_does_not_pass(bench):
     """Comparisons with it are false, so the bounds are asked the other way round."""
     assert gate._too_far([float("nan"), 0.0]) and gate._too_far([float("inf")])

@@ -405,7 +405,9 @@ def _program(task: dict[str, Any], host: str, port: int, ui: bool) -> subprocess
     words = [str(Path(task["build"]) / "llama-server"), "-m", task["language"], "--mmproj", task["mmproj"]]
     words += ["-c", str(task["context"]), "--parallel", "1", "-ngl", str(task["gpu_layers"]), "--jinja", "--no-slots"]
     words += ["--host", host, "--port", str(port), "--cors-origins", ""] + ["--no-ui"] * (not ui)
-    words += ["-t", str(task["threads"])] * bool(task["threads"]) + ["--path", str(task.get("page"))] * bool(task.get("page"))
+    words += ["-t", str(task["threads"])] * bool(task["threads"]) + ["--path", str(task.get("page"))] * bool(
+        task.get("page")
+    )
     words += ["--no-mmproj-offload"] * (not task["gpu_layers"])
     ends_with_us = ctypes.CDLL(None).prctl
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, preexec_fn=lambda: ends_with_us(1, signal.SIGKILL))
