@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -84,9 +86,22 @@ class Chat:
                 shown = text
             embedded = self.model.embed(torch.tensor([[token]]))
 
-    def say(self, question: str) -> None:
-        """Print the answer as it comes."""
-        for piece in self.stream(question):
+
+def converse(chat: Any, image: str | None, prompt: str | None) -> None:
+    """One question, or questions from the terminal until an empty line; answers are printed as they come.
+
+    Args:
+        chat: has `look` and `stream`.
+    """
+    chat.look(image)
+    for question in _typed() if prompt is None else [prompt]:
+        for piece in chat.stream(question):
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()
+
+
+def _typed() -> Iterator[str]:
+    with suppress(EOFError):
+        while question := input("> ").strip():
+            yield question

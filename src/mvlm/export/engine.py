@@ -171,7 +171,14 @@ class Engine:
 
         Yields:
             its address, and an iterator that gives nothing and ends when the server does (with an EngineError).
+
+        Raises:
+            EngineError: there is no engine, it refused the files, or the port is taken.
         """
+        if port and not _free(host, port):
+            raise EngineError(
+                f"port={port} of {host} can't be opened, another program may have it: take another, or port=0 for any"
+            )
         how = {"host": host, "port": port, "context": context, "page": str(page) if page else None}
         task = self._task("serve", _files(language, mmproj) | how)
         try:
@@ -258,6 +265,16 @@ def _files(language: Path, mmproj: Path) -> dict[str, str]:
 
     check_file(mmproj, language)
     return {"language": str(language), "mmproj": str(mmproj)}
+
+
+def _free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was closed a moment ago is free
+        try:
+            one.bind((host, port))
+        except OSError:
+            return False
+        return True
 
 
 def _text(picture: bytes) -> str:
@@ -396,14 +413,25 @@ def _packaged(task: dict[str, Any], host: str, port: int, ui: bool) -> Any:
     p.n_gpu_layers, p.mmproj_use_gpu = task["gpu_layers"], bool(task["gpu_layers"])
     p.hostnames, p.port, p.ui = [host], port, ui
     p.endpoint_slots, p.cors_origins = False, ""  # nobody else's page may read what is said here
-    p.public_path = task.get("page") or ""
+    p.public_path, p.sampling.temp = task.get("page") or "", 0.0
     return xllamacpp.Server(p)
 
 
 def _program(task: dict[str, Any], host: str, port: int, ui: bool) -> subprocess.Popen:
     """A build's own server. The kernel ends it with us."""
     words = [str(Path(task["build"]) / "llama-server"), "-m", task["language"], "--mmproj", task["mmproj"]]
-    words += ["-c", str(task["context"]), "--parallel", "1", "-ngl", str(task["gpu_layers"]), "--jinja", "--no-slots"]
+    words += [
+        "-c",
+        str(task["context"]),
+        "--parallel",
+        "1",
+        "-ngl",
+        str(task["gpu_layers"]),
+        "--jinja",
+        "--no-slots",
+        "--temp",
+        "0",
+    ]
     words += ["--host", host, "--port", str(port), "--cors-origins", ""] + ["--no-ui"] * (not ui)
     words += ["-t", str(task["threads"])] * bool(task["threads"]) + ["--path", str(task.get("page"))] * bool(
         task.get("page")
