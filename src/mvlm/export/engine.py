@@ -4,7 +4,7 @@ The engine is the package xllamacpp, a wheel with llama.cpp inside. Texts and to
 the files would get them; image embeddings, which the server does not tell, from llama.cpp's C functions in the same
 library. One thread unless more are asked for: two pools of threads on one machine wait for each other.
 
-This file runs on both sides. The near side is `look`, `ask` and `quantise`; `python -m mvlm.export.engine` is the far
+This file runs on both sides. The near side is `look`, `ask`, `timed` and `quantise`; `python -m mvlm.export.engine` is the far
 side, which reads one task as JSON and writes a line of JSON an item. It imports no torch.
 """
 
@@ -15,15 +15,18 @@ import ctypes
 import json
 import math
 import os
+import re
+import socket
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +64,28 @@ class Ask(NamedTuple):
     """The question alone, for the chat."""
     picture: bytes | None
     """A PNG file."""
+
+
+class Timed(NamedTuple):
+    """One request with a picture, timed by llama.cpp's server."""
+
+    text_tokens: int
+    image_tokens: int
+    encode_ms: float
+    """The picture through tower and projector, by the time stamps of the server's log."""
+    prompt_ms: float
+    """From the beginning of the request's work to the first token of the answer, `encode_ms` within it."""
+    predicted_ms: float
+    """The rest of the answer's tokens: one less than there are, for the first falls out of the prompt."""
+    wall_ms: float
+    """As the asking side sees it, with unpacking and fitting the picture and HTTP."""
+    peak_bytes: int | None
+    """Most memory of the server's process, its interpreter and mapped files included, a GPU's not; None where no /proc tells."""
+    busy: float | None
+    """Processor time that the server's process got, over `wall_ms` times its threads; None where no /proc tells. Without a GPU it
+    is near 1, or something else ran on the machine."""
+    told: dict[str, str | None]
+    """From the server's log: its build, what it uses of the processor, layers on a GPU, the tower's backend."""
 
 
 class EngineError(ValueError):
@@ -147,9 +172,66 @@ def _at_steps(ids: Sequence[int], kept: Sequence[tuple[int, dict[str, float]]]) 
     ]
 
 
-def quantise(source: Path, target: Path, quant: str) -> dict[str, int]:
+def timed(
+    language: Path,
+    mmproj: Path,
+    picture: bytes,
+    *,
+    text: int,
+    tokens: int,
+    context: int = 2048,
+    threads: int = 1,
+    gpu_layers: int = 0,
+    llama_cpp: Path | None = None,
+) -> Timed:
+    """One greedy answer of a fixed length, in a fresh process, after a short one that warms up.
+
+    Args:
+        text: tokens of the prompt beside the picture's, made of filler: so prompts are as long whatever the tokenizer.
+        tokens: of the answer, which no end of text cuts off.
+        gpu_layers: of the language model; with any the tower runs on the GPU too.
+        llama_cpp: a folder with `bin/llama-server`, run instead of the package.
+
+    Raises:
+        EngineError: also if the figures are not those of such a request.
+    """
+    task = {"do": "timed", **_files(language, mmproj), "picture": _text(picture), "text": text, "tokens": tokens}
+    task |= {"context": context, "threads": threads, "gpu_layers": gpu_layers}
+    (far,) = _task(task | {"llama_cpp": None if llama_cpp is None else str(llama_cpp)})
+    took: dict[str, Any] = far.pop("timings")
+    if took["predicted_n"] != tokens:
+        raise EngineError(
+            f"llama.cpp made {took['predicted_n']} tokens where {tokens} were asked for: nothing was measured"
+        )
+    if took["cache_n"]:
+        raise EngineError(
+            f"llama.cpp took {took['cache_n']} tokens of the prompt from an earlier request, against `cache_prompt: false`: "
+            "the picture's work is not in its figures, and nothing was measured"
+        )
+    if not 0 < far["encode_ms"] < took["prompt_ms"]:
+        raise EngineError(
+            f"llama.cpp's log has {far['encode_ms']:.1f} ms for the picture, within a prompt of {took['prompt_ms']:.1f} ms: "
+            "its clock was set meanwhile, or this build logs otherwise"
+        )
+    layers = far["told"]["layers on a GPU"]
+    if gpu_layers and (not layers or layers.startswith("0/")):
+        raise EngineError(
+            f"gpu_layers={gpu_layers}, and this llama.cpp put none on a GPU: it is a build without one, or finds none. "
+            "Give a build with CUDA (llama_cpp=<its folder>), or gpu_layers=0"
+        )
+    return Timed(
+        text_tokens=text,
+        image_tokens=took["prompt_n"] - text,
+        prompt_ms=took["prompt_ms"],
+        predicted_ms=took["predicted_ms"],
+        **far,
+    )
+
+
+def quantise(source: Path, target: Path, quant: str, threads: int = 1) -> dict[str, int]:
     """A float16 language model with fewer bits. Returns how many matrices have which type."""
-    (counts,) = _task({"do": "quantise", "source": str(source), "target": str(target), "quant": quant})
+    task = {"do": "quantise", "source": str(source), "target": str(target), "quant": quant, "threads": threads}
+    (counts,) = _task(task)
     return counts
 
 
@@ -287,7 +369,8 @@ def _returning(function: Any, kind: Any) -> Any:
 class _Server:
     """xllamacpp's server in this process, and the address it listens on."""
 
-    def __init__(self, language: str, mmproj: str, context: int, threads: int) -> None:
+    def __init__(self, language: str, mmproj: str, context: int, threads: int, **more: Any) -> None:
+        """`more` is set on xllamacpp's CommonParams by name."""
         import xllamacpp
 
         p = xllamacpp.CommonParams()
@@ -296,6 +379,8 @@ class _Server:
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
         p.n_gpu_layers, p.mmproj_use_gpu = 0, False
         p.hostnames, p.port, p.ui = ["127.0.0.1"], 0, False
+        for name, value in more.items():
+            setattr(p, name, value)
         self._server = xllamacpp.Server(p)
         self._address = self._server.listening_address
 
@@ -335,10 +420,134 @@ def _ask(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
+class _Program(_Server):
+    """A `llama-server` in a process of its own, whose log goes where ours goes."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        program = Path(task["llama_cpp"]) / "bin" / "llama-server"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = {"-m": task["language"], "--mmproj": task["mmproj"], "-c": task["context"], "-np": 1, "-lv": LOUD}
+        words |= {"-t": task["threads"], "-tb": task["threads"], "-ngl": task["gpu_layers"], "--cache-ram": 0}
+        words |= {"--host": "127.0.0.1", "--port": port, "--log-colors": "off"}
+        flags = [
+            "--log-timestamps",
+            "--log-prefix",
+            *([] if task["gpu_layers"] else ["--no-mmproj-offload", "--device", "none"]),
+        ]
+        self._address = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen([str(word) for word in (program, *sum(words.items(), ()), *flags)])
+        while True:
+            try:
+                urllib.request.urlopen(self._address + "/health").close()
+                return
+            except urllib.error.URLError:  # not listening yet, or still loading (503)
+                if (code := self.process.poll()) is not None:
+                    raise SystemExit(f"{program} ended with code {code} while it loaded") from None
+                sleep(0.05)
+
+
+LOUD = 4
+"""The verbosity from which on the server logs the picture's encoding."""
+
+ENCODED = re.compile(
+    rb"^(\d+)\.(\d\d)\.(\d{3})\.(\d{3}) [^\n]*encoding mtmd batch.*?"
+    rb"^(\d+)\.(\d\d)\.(\d{3})\.(\d{3}) [^\n]*decoding image batch 1/",
+    re.MULTILINE | re.DOTALL,
+)
+"""Minutes, seconds, milliseconds and microseconds of two lines of the server's log: the picture goes into the tower, and its
+embeddings go into the language model."""
+
+TOLD = {
+    "build": rb"print_info: (build .*)",
+    "processor": rb"system_info: [^|]*\| (.*?)[| ]*$",
+    "layers on a GPU": rb"offloaded (\d+/\d+) layers to GPU",
+    "tower": rb"CLIP using (.*)",
+}
+"""What else is read from the log."""
+
+
+def _encode_ms(at: int) -> tuple[float, int]:
+    """How long the first picture took that the log tells of behind byte `at`, and where that ends. The log is written by a
+    thread of its own, so it is waited for. Standard error is a file, which the near side opened to be read too."""
+    for _ in range(200):
+        if found := ENCODED.search(os.pread(2, 1 << 22, at)):
+            began, ended = (
+                60e3 * int(m) + 1e3 * int(s) + int(ms) + 1e-3 * int(us)
+                for m, s, ms, us in (found.groups()[:4], found.groups()[4:])
+            )
+            return ended - began, at + found.end()
+        sleep(0.01)
+    raise SystemExit(f"the log does not tell when the picture was encoded: this build logs otherwise than {BUILD}")
+
+
+def _filler(length: Callable[[str], int], count: int) -> str:
+    """A text of so many tokens."""
+    text = ""
+    while (here := length(text)) < count:
+        more = next((more for more in (" a", "a", ".") if here < length(text + more) <= count), None)
+        if more is None:
+            raise SystemExit(f"no filler of {count} tokens was found for this tokenizer")
+        text += more
+    return text
+
+
+def _processor_seconds(pid: int) -> float | None:
+    """What a process has used of the processors."""
+    path = Path(f"/proc/{pid}/stat")
+    if not path.exists():
+        return None
+    user, system = path.read_text().rpartition(")")[2].split()[11:13]  # the name before may hold blanks
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _timed(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if task["llama_cpp"]:
+        server = _Program(task)
+        pid = server.process.pid
+    else:
+        more = {"verbosity": LOUD, "cache_ram_mib": 0, "n_gpu_layers": task["gpu_layers"]}
+        more["mmproj_use_gpu"] = bool(task["gpu_layers"])
+        more["no_op_offload"] = more["no_kv_offload"] = not task["gpu_layers"]
+        server = _Server(task["language"], task["mmproj"], task["context"], task["threads"], **more)
+        pid = os.getpid()
+    try:
+
+        def length(text: str) -> int:
+            pieces = ((0, ""), (1, text))  # before and after the picture
+            return sum(len(server("/tokenize", content=p, add_special=n == 0)["tokens"]) for n, p in pieces)
+
+        prompt = {"prompt_string": MARKER + _filler(length, task["text"]), "multimodal_data": [task["picture"]]}
+        how = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "ignore_eos": True, "cache_prompt": False}
+        server("/completion", prompt=prompt, n_predict=min(8, task["tokens"]), **how)
+        _, at = _encode_ms(0)
+        began, used = perf_counter(), _processor_seconds(pid)
+        said = server("/completion", prompt=prompt, n_predict=task["tokens"], **how)
+        wall, used_then = perf_counter() - began, _processor_seconds(pid)
+        encode, _ = _encode_ms(at)
+        log = os.pread(2, 1 << 22, 0)
+        found = {name: re.search(words, log, re.MULTILINE) for name, words in TOLD.items()}
+        status = Path(f"/proc/{pid}/status")
+        peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+        yield {
+            "timings": said["timings"],
+            "encode_ms": encode,
+            "wall_ms": 1e3 * wall,
+            "peak_bytes": 1024 * int(peak[1]) if peak else None,
+            "busy": None if used is None else (used_then - used) / wall / task["threads"],
+            "told": {name: line[1].decode(errors="replace").strip() if line else None for name, line in found.items()},
+        }
+    finally:
+        if isinstance(server, _Program):
+            server.process.kill()
+            server.process.wait()
+
+
 def _quantise(task: dict[str, Any]) -> Iterator[dict[str, int]]:
     from mvlm.export.quantise import quantise
 
-    yield quantise(Path(task["source"]), Path(task["target"]), task["quant"], _library())
+    yield quantise(Path(task["source"]), Path(task["target"]), task["quant"], _library(), task["threads"])
 
 
 def main() -> None:
@@ -347,7 +556,7 @@ def main() -> None:
     os.dup2(2, 1)  # what llama.cpp prints goes to the log
     task = json.load(sys.stdin)
     try:
-        for item in {"look": _look, "ask": _ask, "quantise": _quantise}[task["do"]](task):
+        for item in {"look": _look, "ask": _ask, "timed": _timed, "quantise": _quantise}[task["do"]](task):
             out.write(json.dumps(item) + "\n")
             out.flush()
     except BaseException as error:
