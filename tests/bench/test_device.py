@@ -160,6 +160,7 @@ def test_what_is_no_model_is_refused_before_anything_is_written(measure, folders
     refused("24x24 grid of patches", "nano:ldpv2")
     refused("no projector that computes what Resampler does", "nano:resampler")
     refused("each once", "nano:pw2", "nano:pw2")
+    refused(r"models=\[\]", quant="q4_k")
     refused("quant=q3: there is no such type", "nano:pw2", quant="q3")
     refused("has no bin/llama-server", "nano:pw2", llama_cpp=tmp_path)
     refused("there is no .gguf file", tmp_path)
@@ -232,9 +233,21 @@ def test_ratios_are_of_one_language_model_over_the_most_tokens():
 @pytest.mark.parametrize(
     "busy, wall, said", [(0.99, 2e3, False), (0.8, 2e3, True), (0.8, 30, False), (None, 2e3, False)]
 )
-def test_a_machine_that_was_not_idle_is_told(busy, wall, said):
-    quiet, other = ({"rounds": [{"busy": b, "wall_ms": wall}]} for b in (0.99, busy))
-    assert not device._disturbed(quiet) and device._disturbed({"rounds": quiet["rounds"] + other["rounds"]}) is said
+def test_a_round_beside_something_else_is_found(busy, wall, said):
+    assert device.disturbed({"busy": busy, "wall_ms": wall}) is said
+
+
+def test_disturbed_rounds_are_shown_for_want_of_others_and_never_compared():
+    def about(tokens, *rounds):
+        every = [device.figures(Timed(64, tokens, 1e2, 2e2, 1e3 * t - 200, 1e3 * t, None, b, {})) for t, b in rounds]
+        return {"language": "one", "image_tokens": tokens, "shown": device.middle(every), "rounds": every}
+
+    some = {"a": about(144, (9, 0.5), (2, 1), (8, 0.5)), "b": about(576, (5, 1), (4, 1), (6, 1))}
+    assert some["a"]["shown"]["T_total"] == 2
+    (ratio,) = device.ratios(some)
+    assert ratio["Eval_avg"] == [2.5, 2, 2.5]  # the shown rounds, 5 s over 2 s, and the one turn where both were alone
+    every = some | {"a": about(144, (9, 0.5), (2, 0.5), (8, 0.5))}
+    assert every["a"]["shown"]["T_total"] == 8 and device.ratios(every) == []
 
 
 def test_the_logs_two_lines_are_found_request_by_request(monkeypatch):

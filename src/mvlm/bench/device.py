@@ -8,7 +8,7 @@
 A model is a folder with a GGUF pair (export.py's, or any `mmproj*.gguf` beside one other .gguf), or `<model>:<projector>`, two
 choices of conf/: built with random weights, written by the code that exports trained ones, and kept in the cache folder. The
 time is that of trained weights, since no step of the work looks at a value; the tokenizer is made up (bytes, then rows that
-no text meets), the answer is noise and is not looked at. Every round measures each model once, in a fresh process, after a
+no text meets), the answer is noise and nobody reads it. Every round measures each model once, in a fresh process, after a
 warm-up request, in turn. The shown figures are those of one round, the one with the median total, so that they add up.
 
     image tokens     the server's count of the prompt, less the text's; compared with what the file must give
@@ -19,9 +19,10 @@ warm-up request, in turn. The shown figures are those of one round, the one with
     T_total          a sum: prompt_ms + predicted_ms. What the asking side saw beyond that is kept as wall_ms
     Eval_avg         256 / T_total
     files            bytes of both files
-    busy             measured: processor time that the server got, of the request's whole time by its threads. Without a GPU and
-                     below 0.95 the machine was not idle, and the figures say so
-    peak memory      measured: the largest resident size of the server's process, mapped files and interpreter included
+    busy             measured without a GPU: processor time that the server got, of the request's whole time by its threads. Below
+                     0.95 something else ran: such a round is kept and told, and shown only if there is no other
+    peak memory      measured: the largest resident size of the server's process, mapped files and interpreter included, a GPU's
+                     memory not
 
 The paper's figures are of a Jetson AGX Orin and stand in a table of their own, for the same shapes of tower, projector and
 language model. It does not tell its prompt, nor what T_total begins with.
@@ -54,6 +55,7 @@ from torch import nn
 from mvlm import build
 from mvlm.cli import CONF, ROOT, groups, nearest
 from mvlm.data import byte_tokenizer
+from mvlm.data.image import Pictures
 from mvlm.data.tokenizer import load_tokenizer
 from mvlm.export import engine, gate, language, tokenizer, vision
 from mvlm.export.container import Opened
@@ -196,7 +198,7 @@ def write_language(model: MobileVLM, name: str, quant: str, threads: int, path: 
         aside.unlink(missing_ok=True)
 
 
-def write_mmproj(model: MobileVLM, look: Any, name: str, path: Path) -> None:
+def write_mmproj(model: MobileVLM, look: Pictures, name: str, path: Path) -> None:
     """A tower and a projector with random weights."""
     aside = path.with_name(path.name + ".part")
     try:
@@ -285,22 +287,30 @@ def figures(took: Timed, tokens: int = TOKENS) -> dict[str, Any]:
     return {name: round(value, 6) for name, value in told.items()} | {"busy": took.busy and round(took.busy, 3)}
 
 
-def middle(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The round with the median total; of an even number the slower of the two."""
-    return sorted(rounds, key=lambda one: one["T_total"])[len(rounds) // 2]
+def disturbed(one: dict[str, Any]) -> bool:
+    """Whether a round ran beside something else; nothing can be said of less than a second, in ticks of 10 ms."""
+    return one["busy"] is not None and one["busy"] < IDLE and one["wall_ms"] > 1e3
+
+
+def middle(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The round with the median total, of those that were not disturbed if any; of an even number the slower of the two."""
+    counted = [one for one in rounds if not disturbed(one)] or rounds
+    return sorted(counted, key=lambda one: one["T_total"])[len(counted) // 2]
 
 
 def ratios(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Models of one language model, each over the one with the most image tokens: the ratio of the shown rounds, and the least
-    and the largest of the rounds, which were measured one after the other."""
+    and the largest of the rounds, which were measured one after the other. None of a model whose every round was disturbed."""
     found = []
-    for same in dict.fromkeys(about["language"] for about in models.values()):
-        group = [name for name, about in models.items() if about["language"] == same]
+    quiet = {name: about for name, about in models.items() if not disturbed(about["shown"])}
+    for same in dict.fromkeys(about["language"] for about in quiet.values()):
+        group = [name for name, about in quiet.items() if about["language"] == same]
         base = max(group, key=lambda name: models[name]["image_tokens"])  # the first of several
         for name in group:
             if name != base:
-                pairs = list(zip(models[name]["rounds"], models[base]["rounds"], strict=True))
-                pairs.insert(0, (models[name]["shown"], models[base]["shown"]))
+                turns = zip(models[name]["rounds"], models[base]["rounds"], strict=True)
+                pairs = [(models[name]["shown"], models[base]["shown"])]
+                pairs += [(one, other) for one, other in turns if not disturbed(one) and not disturbed(other)]
                 found.append({"model": name, "over": base, **{what: _span(what, pairs) for what in RATIOS}})
     return found
 
@@ -315,8 +325,8 @@ RATIOS: dict[str, Callable[[dict[str, float]], float]] = {
 
 
 def _span(what: str, pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> list[float]:
-    shown, *rounds = (RATIOS[what](one) / RATIOS[what](other) for one, other in pairs)
-    return [round(value, 3) for value in (shown, min(rounds), max(rounds))]
+    every = [RATIOS[what](one) / RATIOS[what](other) for one, other in pairs]
+    return [round(value, 3) for value in (every[0], min(every), max(every))]
 
 
 def processor() -> str:
@@ -340,7 +350,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     _check(cfg)
     package = engine.engine()
     torch.set_num_threads(cfg.threads)
-    pairs = [find(str(name), cfg.quant, cfg.threads) for name in cfg.models]
+    pairs = [find(name, cfg.quant, cfg.threads) for name in _names(cfg)]
     facts = {pair.name: checked(pair) for pair in pairs if not pair.missing}  # before anything large is written
     _write(pairs)
     facts |= {pair.name: checked(pair) for pair in pairs if pair.missing}
@@ -362,7 +372,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "instructions": log["processor"],
         "threads": cfg.threads,
         "gpu": gpu,
-        "disturbed": not cfg.gpu_layers and any(_disturbed(about) for about in models.values()),
+        "disturbed": sum(disturbed(one) for about in models.values() for one in about["rounds"]),
         "tokens": TOKENS,
         "models": models,
         "ratios": ratios(models),
@@ -371,15 +381,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return measured
 
 
-def _disturbed(about: dict[str, Any]) -> bool:
-    """Whether a round ran beside something else; nothing can be said of less than a second, in ticks of 10 ms."""
-    return any(one["busy"] is not None and one["busy"] < IDLE and one["wall_ms"] > 1e3 for one in about["rounds"])
+def _names(cfg: DictConfig) -> list[str]:
+    return [cfg.models] if isinstance(cfg.models, str) else [str(name) for name in cfg.models or ()]
 
 
 def _check(cfg: DictConfig) -> None:
     if cfg.quant not in ("f16", *FILE_TYPES):
         raise ValueError(f"quant={cfg.quant}: there is no such type (there are: f16, {', '.join(FILE_TYPES)})")
-    names = [str(name) for name in cfg.models]
+    names = _names(cfg)
     if not names or len(set(names)) < len(names) or cfg.rounds < 1 or cfg.threads < 1:
         raise ValueError(
             f"models={names}, rounds={cfg.rounds}, threads={cfg.threads}: at least one model, each once, one round, one thread"
@@ -471,9 +480,13 @@ def _show(measured: dict[str, Any]) -> None:
     console.print(table)
     count = len(next(iter(models.values()))["rounds"])
     if count > 1:
-        console.print(f"The round of {count} with the median T_total; in brackets the least and the largest of all.")
+        told = f"Of {count} rounds the one with the median T_total; in brackets the least and the largest of all."
+        console.print(told, soft_wrap=True)
     if measured["disturbed"]:
-        told = f"Something else ran on this machine (busy below {IDLE}): measure again on an idle one."
+        told = (
+            f"{measured['disturbed']} of {count * len(models)} measurements ran beside something else (busy below {IDLE}) and "
+            "count only where there is no other, and in no ratio: measure again on an idle machine."
+        )
         console.print(f"[bold yellow]{told}[/]", soft_wrap=True)
     for one in measured["ratios"]:
         spans = [f"{what} x{mid:.2f} ({low:.2f} to {high:.2f})" for what in RATIOS for mid, low, high in [one[what]]]

@@ -82,8 +82,8 @@ class Timed(NamedTuple):
     peak_bytes: int | None
     """Most memory of the server's process, its interpreter and mapped files included, a GPU's not; None where no /proc tells."""
     busy: float | None
-    """Processor time that the server's process got, over `wall_ms` times its threads; None where no /proc tells. Without a GPU it
-    is near 1, or something else ran on the machine."""
+    """Processor time that the server's process got, over `wall_ms` times its threads; near 1, or something else ran on the
+    machine. None with a GPU, and where no /proc tells."""
     told: dict[str, str | None]
     """From the server's log: its build, what it uses of the processor, layers on a GPU, the tower's backend."""
 
@@ -535,7 +535,7 @@ def _timed(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "encode_ms": encode,
             "wall_ms": 1e3 * wall,
             "peak_bytes": 1024 * int(peak[1]) if peak else None,
-            "busy": None if used is None else (used_then - used) / wall / task["threads"],
+            "busy": None if used is None or task["gpu_layers"] else (used_then - used) / wall / task["threads"],
             "told": {name: line[1].decode(errors="replace").strip() if line else None for name, line in found.items()},
         }
     finally:
