@@ -94,10 +94,8 @@ class Pair:
     name: str
     language: Path
     mmproj: Path
-    missing: dict[Path, Callable[[Path], None]] = field(default_factory=dict)
-    """Of the files: what writes those that are not there yet."""
-    needs: int = 0
-    """Bytes of disk that this may take meanwhile."""
+    missing: dict[Path, tuple[Callable[[Path], None], int]] = field(default_factory=dict)
+    """Of the files: what writes those that are not there yet, and the bytes of disk that this may take meanwhile."""
     random: bool = False
     """Whether the weights are."""
 
@@ -172,13 +170,10 @@ def random_pair(name: str, model: str, projector: str, quant: str, threads: int)
         ),
     }
     halves = [2 * sum(p.numel() for p in part.parameters()) for part in (shape.language, shape)]
-    sizes = [
-        halves[0] * (1 if quant == "f16" else 2),
-        halves[1] - halves[0],
-    ]  # a float16 file goes before the quantised one
-    missing = {path: write for path, write in files.items() if not path.exists()}
-    needs = sum(size for path, size in zip(files, sizes, strict=True) if path in missing)
-    return Pair(name, *files, missing, needs, random=True)
+    # A float16 file goes before the quantised one, which is at most q8_0's 8.5 bits of 16 beside it.
+    sizes = [halves[0] if quant == "f16" else halves[0] * 8 // 5, halves[1] - halves[0]]
+    missing = {path: (files[path], size) for path, size in zip(files, sizes, strict=True) if not path.exists()}
+    return Pair(name, *files, missing, random=True)
 
 
 def write_language(model: MobileVLM, name: str, quant: str, threads: int, path: Path) -> None:
@@ -437,18 +432,20 @@ def _told(pair: Pair, facts: Facts, took: Sequence[Timed]) -> dict[str, Any]:
 
 
 def _write(pairs: Sequence[Pair]) -> None:
-    missing = {path: write for pair in pairs for path, write in pair.missing.items()}
+    missing = {
+        path: how for pair in pairs for path, how in pair.missing.items()
+    }  # a language model that two share once
     if not missing:
         return
     folder = cache_folder() / "device"
     folder.mkdir(parents=True, exist_ok=True)
-    needs, free = sum(pair.needs for pair in pairs), shutil.disk_usage(folder).free
+    needs, free = sum(size for _, size in missing.values()), shutil.disk_usage(folder).free
     if needs > free:
         raise ValueError(
             f"random weights need up to {needs / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f}: free some, or set "
             "MVLM_CACHE to a folder on another disk"
         )
-    for path, write in missing.items():
+    for path, (write, _) in missing.items():
         Console().print(f"random weights: writing {path}", soft_wrap=True)
         write(path)
 
@@ -469,7 +466,9 @@ SHOWN = {
 def _show(measured: dict[str, Any]) -> None:
     console, models = Console(), measured["models"]
     console.print(measured["what"], soft_wrap=True)
-    table = Table("", *models)
+    table = Table("")
+    for name in models:
+        table.add_column(name, overflow="fold")
     table.add_row("weights", *("random" if about["random_weights"] else "of the files" for about in models.values()))
     table.add_row("image tokens", *(str(about["image_tokens"]) for about in models.values()))
     for row, key in SHOWN.items():
