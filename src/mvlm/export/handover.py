@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,10 @@ from mvlm.run import Run, file_hash, manifest
 SMALL = 2**24
 """Bytes for vocabularies, graphs and cards: what is not weights."""
 
-FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough free space to write", " requested and ")
-"""How a full disk is told: by the system (other processes pass its words on) and by numpy, which gives no number."""
+FULL = re.compile(
+    rf"{os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)}|Not enough free space to write|\d+ requested and \d+ written"
+)
+"""How a full disk is told: by the system (other processes pass its words on), and by numpy, which gives no number of an error."""
 
 
 class Unproven(ValueError):
@@ -169,7 +172,7 @@ def aside(out: Path, needed: int) -> Iterator[Path]:
     except BaseException as error:
         free = _free(out) + sum(path.stat().st_size for path in part.rglob("*"))
         shutil.rmtree(part, ignore_errors=True)
-        if any(word in str(error) for word in FULL):
+        if FULL.search(str(error)):
             raise ValueError(f"the disk is full, nothing is kept ({error}): {_no_room(out, needed, free)}") from error
         raise
     for folder in (failed, old):

@@ -20,7 +20,6 @@ from mvlm.data.prompt import IMAGE_TAG
 from mvlm.export.card import file_table, table
 from mvlm.export.gate import apart, pictures
 from mvlm.export.handover import Source, Unproven, described, refuse, show
-from mvlm.model.files import first_line
 from mvlm.run import write_json
 
 OPSET = 18
@@ -170,7 +169,7 @@ def compare(file: Path, seeing: Seeing, pixels: Tensor, threads: int = 1) -> dic
         alone = [session.run(None, {"pixels": one[None].numpy()})[0][0] for one in pixels]
         batch = list(session.run(None, {"pixels": pixels.numpy()})[0])
     except Exception as error:  # of onnx's and of the runtime's many types: all say that the file is not right
-        faults.append(first_line(error))
+        faults.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return parity
     for way, theirs in (("alone", alone), ("batch", batch)):
         parity[way] = [_error(a, b) for a, b in zip(theirs, exact, strict=True)]

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mvlm import score
+from mvlm.build import STAGES
 from mvlm.chat import Chat
 from mvlm.export.card import file_table, table
 from mvlm.export.format.onnx import seen
@@ -76,7 +77,7 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
     if parity["faults"]:
         write_json(folder / "parity.json", parity)
         raise Unproven("the folder, opened anew, is not the run's model:\n  " + "\n  ".join(parity["faults"]))
-    model, stages = source.chat.model, [stage for stage in ("pretrain", "finetune") if source.run.finished(stage)]
+    model, stages = source.chat.model, [stage for stage in STAGES if source.run.finished(stage)]
     about |= {
         "parameters": {
             name: sum(value.numel() for value in part.parameters())
