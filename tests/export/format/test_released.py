@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import LlamaForCausalLM
 
 from mvlm import build, score
 from mvlm.chat import CLIP_MEAN, Chat
@@ -57,6 +58,14 @@ def test_a_run_becomes_a_released_checkpoint(handed, configure):
         handover.export(configure(f"run={elsewhere}", "format=released", page="export"))
     handover.export(configure(f"run={elsewhere}", "gate=false", page="export"))
     assert names(elsewhere / "gguf") == {"f16"}
+
+
+def test_transformers_reads_the_language_model(handed):
+    """As the card says."""
+    run, _, elsewhere = handed
+    theirs = LlamaForCausalLM.from_pretrained(elsewhere).state_dict()
+    ours = build.trained(run).language.state_dict()
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
 def test_it_is_the_folder_that_is_opened_and_not_the_run_around_it(handed, monkeypatch):

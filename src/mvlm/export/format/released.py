@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from mvlm import score
 from mvlm.build import STAGES
@@ -77,6 +78,7 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
     if parity["faults"]:
         write_json(folder / "parity.json", parity)
         raise Unproven("the folder, opened anew, is not the run's model:\n  " + "\n  ".join(parity["faults"]))
+    Console().print(f"opened anew: {_same(parity)}", soft_wrap=True)
     model, stages = source.chat.model, [stage for stage in STAGES if source.run.finished(stage)]
     about |= {
         "parameters": {
@@ -150,14 +152,15 @@ def card(about: dict[str, Any], run: Run) -> str:
         "## Training\n\n" + "\n\n".join(_training(about, cfg, pocket)),
         "## Scores\n\n" + "\n\n".join(_scores(run)),
         "## Files\n\n" + file_table(about["files"]),
-        f"Opened anew beside the run: all {about['parity']['tensors']} tensors the same to the bit, a first token's log-probabilities "
-        f"{_apart(about['parity']['first_logprob'])}. `manifest.json` has the whole hashes, the versions and the configuration.",
+        f"Opened anew beside the run: {_same(about['parity'])}. `manifest.json` has the whole hashes, the versions and the configuration.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _apart(worst: float) -> str:
-    return f"within {worst:.1e}" if worst else "too"
+def _same(parity: dict[str, Any]) -> str:
+    worst = parity["first_logprob"]
+    said = f"differ by at most {worst:.1e}" if worst else "are the same"
+    return f"{parity['tensors']} tensors, all the same to the bit; a first token's log-probabilities {said}"
 
 
 def _front(about: dict[str, Any], cfg: DictConfig, pocket: bool) -> str:
@@ -179,7 +182,8 @@ def _use(about: dict[str, Any]) -> str:
     theirs = about["projector"]["type"] in ("mlp2x_gelu", "ldpnet", "ldpnetv2") and about["tower kind"] == "clip"
     elsewhere = (
         "The names of the tensors are those of the released MobileVLM checkpoints, and so are the keys of `config.json`, with some of "
-        "ours (`mvlm_...`) among them. "
+        "ours (`mvlm_...`) among them. transformers' `LlamaForCausalLM.from_pretrained` reads the language model alone, and names the other "
+        "tensors as unexpected. "
     ) + (
         "The official code was not run on this folder; it takes the picture mode `pad`, CLIP's mean and deviation and its own template, "
         "whatever is said below."
