@@ -9,4 +9,5 @@ language.py      the language model's file             tokenizer.py     its voca
 vision.py        tower and projector, the `mmproj`     class_token.py   the one order that builds of llama.cpp disagree on
 container.py     a GGUF file, written and read         quantise.py      fewer bits, by llama.cpp's own code
 engine.py        llama.cpp, in a process of its own    scores.py        the benchmarks, answered by llama.cpp
+talk.py          a conversation with them, in the terminal or on page/
 """
