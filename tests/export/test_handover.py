@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import torch
 
 from mvlm import build, score
 from mvlm.benchmark.evaluate import evaluate
+from mvlm.export import container, handover, vision
 from mvlm.export import engine as far
-from mvlm.export import handover, vision
 from mvlm.export.class_token import has_class_token
-from mvlm.model.checkpoint import save_checkpoint
-from mvlm.run import Run, file_hash, write_json
+from mvlm.run import file_hash, write_json
 
-from .conftest import REFERENCE, lively
+from .conftest import REFERENCE, names
 
 ROOT = Path(__file__).parents[2]
-
-SMALL = (
-    "model=nano", "model.grid=24", "model.module.vision.image_size=96", "+model.module.vision.patch_size=4",
-    "+model.module.vision.mlp_ratio=3", "model.pictures.size=96", "model.module.language.config.tie_word_embeddings=false",
-)  # fmt: skip
-"""The nano model on the grid that llama.cpp asks for."""
-
-
-@pytest.fixture
-def run_of(configure, tmp_path):
-    """`run_of("projector=pw2")`: the folder of a run that was never trained, but whose weights are lively."""
-
-    def made(*words: str) -> Run:
-        cfg = configure(*SMALL, *words)
-        run = Run(tmp_path / "small")
-        model = build.model(cfg)
-        for seed, part in enumerate((model.vision, model.projector, model.language)):
-            lively(part, seed)
-        save_checkpoint(model, run.folder / "finetune")
-        (run.folder / "finetune" / "stage.json").write_text("{}")
-        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), run.folder / "config.yaml")
-        return run
-
-    return made
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def test_a_run_becomes_a_folder(engine, configure, run_of):
@@ -203,3 +176,96 @@ def test_the_command(engine, configure, run_of, nano_cache):
     assert "passed" in done.stdout and "q8_0" in done.stdout
     done = subprocess.run([*command, "quant=q9"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: quant=q9: there is no such type")
+
+
+# ------------------------------------------------------------------------------------------------ whole or not at all
+
+
+def test_a_format_is_a_file(configure, tmp_path):
+    with pytest.raises(ValueError, match=r"format=gguff: there is no such format \(there are: gguf, onnx, released\)"):
+        handover.export(configure(f"run={tmp_path}", "format=gguff", page="export"))
+
+
+def test_what_is_no_export_is_not_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is there and no export"), handover.aside(tmp_path / "mine", 0):
+        pytest.fail("was filled")
+    assert names(tmp_path) == {"mine"} and names(tmp_path / "mine") == {"thesis.tex"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no such thing")])
+def test_what_fails_leaves_the_earlier_export(tmp_path, error):
+    for text in ("first", "second"):
+        with handover.aside(tmp_path / "out", 0) as folder:
+            assert names(folder) == set()
+            (folder / "manifest.json").write_text(text)
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "half").touch()  # of an export that was killed
+    with pytest.raises(type(error)), handover.aside(tmp_path / "out", 0) as folder:
+        assert names(folder) == set()
+        (folder / "manifest.json").write_text("third")
+        raise error
+    assert names(tmp_path) == {"out"} and (tmp_path / "out" / "manifest.json").read_text() == "second"
+
+
+ONNX = pytest.param(
+    ("gate=false", "format=onnx"), marks=pytest.mark.skipif(not find_spec("onnxscript"), reason="no onnxscript here")
+)
+
+
+def free(count: int):
+    return lambda path: shutil._ntuple_diskusage(10**12, 10**12 - count, count)
+
+
+@pytest.mark.parametrize("words", [("gate=false",), ONNX, ("format=released",)])
+def test_too_small_a_disk_is_told_before_anything_is_written(configure, run_of, monkeypatch, words):
+    run = run_of()
+    monkeypatch.setattr(shutil, "disk_usage", free(10**6))
+    with pytest.raises(ValueError, match=r"takes about 0.02 GB while it is made and 0.00 GB are free there: make room"):
+        handover.export(configure(f"run={run.folder}", *words, page="export"))
+    assert names(run.folder) == {"config.yaml", "finetune"}
+
+
+@pytest.mark.parametrize("words", [("gate=false",), ("format=released",)])
+def test_what_is_written_is_no_more_than_was_said(configure, run_of, monkeypatch, words):
+    """What is needed is checked against what came to lie there, so that the check before can be believed."""
+    said, true = [], handover.aside
+    monkeypatch.setattr(handover, "aside", lambda out, needed: said.append(needed) or true(out, needed))
+    out = handover.export(configure(f"run={run_of().folder}", *words, page="export"))
+    written = sum(path.stat().st_size for path in out.iterdir())
+    assert 0.7 * said[0] < written < said[0] + handover.SMALL
+
+
+FAR = "xllamacpp 1 ended with code 1 over quantise: [Errno 28] No space left on device"
+NUMPY = "884736 requested and 483584 written"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError(NUMPY), far.EngineError(FAR)], ids=str
+)
+def test_a_disk_that_fills_up_meanwhile(tmp_path, error):
+    told = pytest.raises(ValueError, match=r"the disk is full.*takes about 3.02 GB .* are free there")
+    with told, handover.aside(tmp_path / "out", 3 * 10**9) as folder:
+        (folder / "half").write_bytes(b"half")
+        raise error
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "words, writer",
+    [
+        (("gate=false",), (container.gguf.GGUFWriter, "write_tensor_data")),
+        pytest.param(*ONNX.values, (torch.onnx, "export"), marks=ONNX.marks),
+        (("format=released",), (shutil, "copyfile")),
+    ],
+)
+def test_whoever_writes_when_the_disk_is_full(configure, run_of, monkeypatch, words, writer):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = run_of()
+    monkeypatch.setattr(*writer, full)
+    with pytest.raises(ValueError, match=r"the disk is full, nothing is kept"):
+        handover.export(configure(f"run={run.folder}", *words, page="export"))
+    assert not any(path.is_file() for name in ("gguf", "onnx", "released") for path in run.folder.rglob(f"{name}*/**"))

@@ -47,6 +47,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def file_table(files: dict[str, dict[str, Any]]) -> str:
+    """A manifest's files."""
+
+    def size(count: int) -> str:
+        return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+    rows = [[f"`{f['name']}`", size(f["bytes"]), f"`{f['sha256'][:16]}`"] for f in files.values()]
+    return table(["file", "size", "SHA-256"], rows)
+
+
 def card(about: dict[str, Any], titles: dict[str, str]) -> str:
     """README.md of the folder.
 
@@ -55,13 +65,12 @@ def card(about: dict[str, Any], titles: dict[str, str]) -> str:
         titles: of the benchmarks.
     """
     files, projector = about["files"], about["projector"]
-    rows = [[f"`{f['name']}`", f"{f['bytes'] / 1e6:,.1f} MB", f"`{f['sha256'][:16]}`"] for f in files.values()]
     parts = [
         f"# {about['name']} for llama.cpp, {about['quant']}",
         f"A small vision-language model: the tower `{about['tower']['name']}`, the projector `{projector['type']}` "
         f"(`{projector['in llama.cpp']}` in llama.cpp; {projector['image tokens']} tokens a picture) and a LLaMA. "
         "Trained and exported by mvlm; `manifest.json` has all hashes, versions and the configuration.",
-        table(["file", "size", "SHA-256"], rows),
+        file_table(files),
         "## Run it\n\n```\n" + ask_command(about, "cat.png", "'What is this?'") + "\n```",
         "On a Jetson Orin: `./jetson.sh`, which builds llama.cpp there. That script has not been run.",
         "## Parity\n\n" + _parity(about),
