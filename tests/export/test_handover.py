@@ -45,7 +45,7 @@ def test_a_run_becomes_a_folder(engine, configure, run_of):
     assert about["matrices"] == {"Q4_0": 15, "Q8_0": 1}
     vision.check_file(out / files["mmproj"], out / files["language"])
     card = (out / "README.md").read_text()
-    assert "| q4_0 |" in card and "has not been run" in card and about["files"]["language"]["sha256"][:16] in card
+    assert "| q4_0 |" in card and "never run on an Orin" in card and about["files"]["language"]["sha256"][:16] in card
     subprocess.run(["bash", "-n", out / "jetson.sh"], check=True)
     # A second time: the old folder is replaced as a whole.
     (out / "old").touch()
@@ -108,18 +108,20 @@ def test_words_that_make_no_sense(configure, tmp_path, words, told):
 
 
 def test_a_class_token_is_told_on_the_files(engine, configure, run_of, capsys):
-    """Whichever order the build at hand has: a file that it can't run says so in its name, on its card and in its script."""
+    """Whichever order the build at hand has: most can't run these files, which say so in their names, on the card and in the script."""
     run = run_of("model.module.vision.class_token=true")
     assert has_class_token(build.trained(run).vision)
     out = handover.export(configure(f"run={run.folder}", page="export"))
     about = json.loads((out / "manifest.json").read_text())
     (order,) = {parity["class_token"] for parity in about["parity"]}
-    mend = order == "misordered"
-    assert about["needs a mended llama.cpp"] == mend and order in ("faithful", "misordered")
-    assert about["files"]["mmproj"]["name"].endswith("f16.needs-mended-llama.cpp.gguf" if mend else "f16.gguf")
-    assert ("Not for a llama.cpp as it comes" in (out / "README.md").read_text()) == mend
-    assert ("sed -i" in (out / "jetson.sh").read_text()) == mend
-    assert ("misplaces the class token" in capsys.readouterr().out) == mend
+    assert about["needs a mended llama.cpp"] and order in ("faithful", "misordered")
+    assert about["files"]["mmproj"]["name"].endswith("f16.needs-mended-llama.cpp.gguf")
+    card = (out / "README.md").read_text()
+    assert "Not for a llama.cpp as it comes" in card and ("proven with one that orders rightly" in card) == (
+        order == "faithful"
+    )
+    assert "sed -i" in (out / "jetson.sh").read_text()
+    assert ("misplaces the class token" in capsys.readouterr().out) == (order == "misordered")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mvlm.data.tokenizer import SentencePieceTokenizer
 from mvlm.export import class_token, language, scores, tokenizer, vision
 from mvlm.export.card import HEAD, card, jetson, parity_row, score_rows
+from mvlm.export.class_token import has_class_token
 from mvlm.export.engine import Engine
 from mvlm.export.gate import Gate, Parity, context
 from mvlm.export.handover import Source, Unproven, described, show
@@ -66,12 +68,14 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
     chat, engine, found = source.chat, Engine.of(cfg), scores.opened(cfg, source.run) if cfg.scores else []
     f16, wanted, mmproj = (folder / f"{part}.gguf" for part in ("language-f16", f"language-{cfg.quant}", "mmproj-f16"))
     vocabulary = tokenizer.vocabulary(chat.words, source.tokenizer, chat.model.language.config.vocab_size)
-    language.write(f16, chat.model.language, source.name, vocabulary | tokenizer.chat_template(chat.talk))
-    vision.write(mmproj, chat.model, chat.pictures, source.name)
+    # Taken before the gate reads the quantised weights into the model.
+    about = _about(source, cfg)
+    of = {vision.WEIGHTS: hashlib.sha256("".join(about["from"]["weights_sha256"].values()).encode()).hexdigest()}
+    language.write(f16, chat.model.language, source.name, vocabulary | tokenizer.chat_template(chat.talk) | of)
+    vision.write(mmproj, chat.model, chat.pictures, source.name, of)
     vision.check_file(mmproj, f16)
     matrices = {} if cfg.quant == "f16" else engine.quantise(f16, wanted, cfg.quant)
-    # Taken before the gate reads the quantised weights into the model.
-    about = _about(source, cfg) | {"matrices": matrices}
+    about["matrices"] = matrices
     parities, measured = [], None
     if cfg.gate:
         with _progress() as progress:
@@ -89,8 +93,8 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
         _show_scores(source, measured, cfg.quant)
     if wanted != f16:
         f16.unlink()
-    mend = any(parity.class_token == "misordered" for parity in parities)
-    end = ".unproven" if not parities else ".needs-mended-llama.cpp" if mend else ""
+    mend = has_class_token(chat.model.vision)  # however the engine at hand orders it: most builds do it wrongly
+    end = ".needs-mended-llama.cpp" * mend + ".unproven" * (not parities)
     wanted = wanted.rename(folder / f"{source.name}-{cfg.quant}{end}.gguf")
     mmproj = mmproj.rename(folder / f"mmproj-{source.name}-f16{end}.gguf")
     about |= {
