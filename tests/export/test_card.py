@@ -28,6 +28,7 @@ def about(**changes):
             "language": {"name": "it's a run-q4_k.gguf", "bytes": 105_453_824, "sha256": "ab" * 32},
             "mmproj": {"name": "mmproj.gguf", "bytes": 41_620_096, "sha256": "cd" * 32},
         },
+        "from": {"run": {"commit": "abc"}},
         "proven": True,
         "needs a mended llama.cpp": False,
         "engine": "xllamacpp 1",

@@ -69,7 +69,7 @@ def card(about: dict[str, Any], titles: dict[str, str]) -> str:
         f"# {about['name']} for llama.cpp, {about['quant']}",
         f"A small vision-language model: the tower `{about['tower']['name']}`, the projector `{projector['type']}` "
         f"(`{projector['in llama.cpp']}` in llama.cpp; {projector['image tokens']} tokens a picture) and a LLaMA. "
-        "Trained and exported by mvlm; `manifest.json` has all hashes, versions and the configuration.",
+        f"{origin(about)} `manifest.json` has all hashes, versions and the configuration.",
         file_table(files),
         "## Run it\n\n```\n" + ask_command(about, "cat.png", "'What is this?'") + "\n```",
         "On a Jetson Orin: `./jetson.sh`, which builds llama.cpp there. It was never "
@@ -82,6 +82,11 @@ def card(about: dict[str, Any], titles: dict[str, str]) -> str:
     if about["notes"]:
         parts.append("## To know\n\n" + "\n".join(f"- {note}" for note in about["notes"]))
     return "\n\n".join(parts) + "\n"
+
+
+def origin(about: dict[str, Any]) -> str:
+    """Who trained it, as far as is known."""
+    return "Trained and exported by mvlm;" if about["from"]["run"] else "A released checkpoint, exported by mvlm;"
 
 
 def _mend(about: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mvlm.data.image import LETTERBOX_COLOUR
 from mvlm.data.prompt import IMAGE_TAG
-from mvlm.export.card import file_table, table
+from mvlm.export.card import file_table, origin, table
 from mvlm.export.gate import apart, pictures
 from mvlm.export.handover import Source, Unproven, described, refuse, show
 from mvlm.run import write_json
@@ -219,8 +219,8 @@ def card(about: dict[str, Any]) -> str:
     parts = [
         f"# {about['name']}: tower and projector in ONNX",
         f"Pictures to image tokens: the tower `{about['tower']['name']}`, then the projector `{about['projector']['type']}`. float32, "
-        f"operators of opset {about['opset']}. Half of a small vision-language model; the language model is not inside. Trained and "
-        "exported by mvlm; `manifest.json` has all hashes, versions and the configuration.",
+        f"operators of opset {about['opset']}. Half of a small vision-language model; the language model is not inside. "
+        f"{origin(about)} `manifest.json` has all hashes, versions and the configuration.",
         file_table(about["files"])
         + (f"\n\nKeep both in one folder: the weights are in `{beside[0]}`." if beside else ""),
         "## Run it\n\n```python\nimport onnxruntime\n\n"
