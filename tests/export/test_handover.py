@@ -142,14 +142,14 @@ def test_a_released_checkpoint(engine, configure, tmp_path, monkeypatch, kind):
 def test_scores_stand_beside_the_runs(engine, configure, run_of):
     """A float16 file answers as PyTorch does, question by question, so the scores are the same."""
     run = run_of()
-    cfg = configure(f"run={run.folder}", "benchmark=[gqa,pope]", "scores=true", page="export")
+    cfg = configure(f"run={run.folder}", "benchmark=[gqa,pope]", "scores=true", "max_new_tokens=4", page="export")
     about = json.loads((handover.export(cfg) / "manifest.json").read_text())
     assert all(row["pytorch"] is None for row in about["scores"]["benchmarks"].values()), "not measured yet"
     files, words = build.corpus(run.config), build.tokenizer(run.config)
     found = score.benchmarks(cfg.benchmark, files.benchmarks)
     model = build.trained(run)
     results = evaluate(
-        model, found, run.folder / "answers", max_new_tokens=32, **build.asking(run.config, words, lambda: model)
+        model, found, run.folder / "answers", max_new_tokens=4, **build.asking(run.config, words, lambda: model)
     )
     write_json(
         run.folder / "results.json", results | {"questions": {b.name: score.fingerprint(b.questions()) for b in found}}
@@ -165,7 +165,7 @@ def test_scores_stand_beside_the_runs(engine, configure, run_of):
         )
         same += sum(a["text"] == b["text"] for a, b in zip(ours, theirs, strict=True))
         total += len(ours)
-    assert same / total > 0.8, "a lively model has near ties in a long answer, and no more than that"
+    assert same / total > 0.9, "random weights waver between two tokens now and then, and no more than that"
 
 
 @pytest.mark.slow

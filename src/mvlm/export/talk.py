@@ -7,7 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,18 +91,16 @@ def browser(cfg: DictConfig) -> None:
             "otherwise. The terminal (serve=false) shows them as trained.[/]"
         )
     where = {"host": cfg.host, "port": cfg.port, "context": pair.context}
-    with ExitStack() as open_now:
+    with suppress(KeyboardInterrupt), ExitStack() as open_now:
         serve = partial(engine.serve, pair.language, pair.mmproj, **where)
         address, lasting = open_now.enter_context(serve())
         if not _has_page(address):
             open_now.close()
             address, lasting = open_now.enter_context(serve(page=PAGE))
         say(f"{pair.language.name} answers at {address} (Ctrl-C ends it)")
-        try:
-            for _ in lasting:
-                pass
-        except KeyboardInterrupt:
-            say("ended")
+        for _ in lasting:
+            pass
+    say("ended")
 
 
 def _has_page(address: str) -> bool:
