@@ -53,6 +53,7 @@ def test_a_differing_answer_is_counted(cfg, monkeypatch):
     assert measured["flips"] == 1 and len(measured["flipped"]) == 1
 
 
+@pytest.mark.slow  # a script of its own; CI runs it
 def test_the_script_keeps_what_it_measured(tmp_path, nano_cache):
     env = os.environ | {"MVLM_CACHE": str(nano_cache)}
     command = [sys.executable, str(ROOT / "bench.py"), *SMALL, f"out={tmp_path}"]
