@@ -146,7 +146,9 @@ def browser():
     quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
     with driver.sync_playwright() as pw:
         chromium = pw.chromium.launch(executable_path=CHROMIUM, args=quiet)
-        yield chromium
+        context = chromium.new_context()
+        context.set_default_timeout(180_000)  # of a machine with other things to do
+        yield context
         chromium.close()
 
 
