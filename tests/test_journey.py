@@ -133,6 +133,7 @@ def test_evaluate_scores_again_without_a_model(shell, trained: Run) -> None:
     assert "POPE" in done.stdout
 
 
+@pytest.mark.slow  # a script of its own; CI runs it
 def test_the_harness_protocol_stands_beside_the_papers(shell, trained: Run) -> None:
     paper = {
         name: (trained.folder / name).read_bytes() for name in ("results.json", "index.html", "answers/pope.jsonl")
@@ -165,6 +166,7 @@ def test_evaluate_on_two_processes_leaves_the_answers_of_one(shell, trained: Run
     assert len(list((folder / "before-2").iterdir())) == 24
 
 
+@pytest.mark.slow  # a script of its own; CI runs it
 def test_report_compares_two_runs(shell, trained: Run) -> None:
     """Here the run with itself, by its folder and by its file."""
     words = f"compare=[{trained.folder},{trained.folder / 'results.json'}]"
@@ -174,6 +176,7 @@ def test_report_compares_two_runs(shell, trained: Run) -> None:
         assert (shell.folder / "compared" / name).stat().st_size > 0
 
 
+@pytest.mark.slow  # a script of its own; CI runs it
 def test_chat_answers_about_a_picture(shell, trained: Run) -> None:
     picture = next((trained.folder.parents[1]).glob("**/*.jpg"), None) or ROOT / "tests/reference/images/img0.png"
     done = shell("chat.py", f"run={trained.folder}", f"image={picture}", "prompt=What is this?", "max_new_tokens=5")
@@ -231,6 +234,7 @@ def test_bad_data_is_refused_before_any_work(configure, tmp_path: Path, name: st
         build.mixture(cfg, "finetune", build.corpus(cfg), build.tokenizer(cfg), 16)
 
 
+@pytest.mark.slow  # a script of its own; CI runs it
 def test_doctor_counts_what_is_wrong(shell) -> None:
     """A missing and a corrupt picture and a blanked dialogue, each found, counted and listed; the exit code tells."""
     blank = {"id": 3, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": ""}]}

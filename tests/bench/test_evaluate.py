@@ -53,6 +53,7 @@ def test_a_differing_answer_is_counted(cfg, monkeypatch):
     assert measured["flips"] == 1 and len(measured["flipped"]) == 1
 
 
+@pytest.mark.slow  # a script of its own; CI runs it
 def test_the_script_keeps_what_it_measured(tmp_path, nano_cache):
     env = os.environ | {"MVLM_CACHE": str(nano_cache)}
     command = [sys.executable, str(ROOT / "bench.py"), *SMALL, f"out={tmp_path}"]
@@ -62,4 +63,4 @@ def test_the_script_keeps_what_it_measured(tmp_path, nano_cache):
     content = json.loads(kept.read_text())
     assert len(content["measured"]) == 1 and content["versions"]["torch"] and content["hardware"]["cores"]
     refused = subprocess.run([*command[:-1], "target=nothing"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert refused.returncode and "there is no such target (there are: evaluate)" in refused.stderr
+    assert refused.returncode and "there is no such target (there are: device, evaluate)" in refused.stderr

@@ -211,7 +211,8 @@ def test_a_failing_process_stops_all_and_loses_nothing(tmp_path, tiny, loop, tog
 
     first, second = map(str, together(2, work))
     assert "ValueError" in second and "question 8" in second
-    assert first.startswith("RuntimeError") and "ank 1" in first, first
+    # Told by name, or by the connection that went, whichever is noticed first.
+    assert first.startswith("RuntimeError") and ("ank 1" in first or "closed by peer" in first), first
     done = {file.name: len(file.read_text().splitlines()) for file in tmp_path.glob("x*.jsonl")}
     assert done["x.jsonl"] == 5, "all questions on the first and the third picture"
     asked = []

@@ -66,3 +66,12 @@ def test_a_file_with_fewer_bits(engine, bench, tmp_path, quant, most):
         rows = whole.value("blk.0.attn_q.weight").numpy()
         ours = [t.data for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors if t.name == "blk.0.attn_q.weight"]
         assert np.array_equal(gguf.quantize(rows, Q.Q8_0), ours[0])
+
+
+def test_threads_make_the_same_bytes(engine, bench, tmp_path):
+    """Also where they do not divide the rows: 64, 160 and 259 by 3."""
+    vocabulary = tokenizer.vocabulary(bench.words, bench.words_folder, 259)
+    language.write(tmp_path / "f16.gguf", bench.model.language, "small", vocabulary)
+    counts = [far.Engine(threads=n).quantise(tmp_path / "f16.gguf", tmp_path / f"{n}.gguf", "q4_0") for n in (1, 3)]
+    assert counts[0] == counts[1]
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()

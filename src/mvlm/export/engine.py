@@ -5,31 +5,25 @@ Texts and tokens come from its server, as a user of the files would get them; im
 tell, from llama.cpp's C functions in the same library. One thread unless more are asked for: two pools of threads on one
 machine wait for each other.
 
-This file runs on both sides. The near side is `Engine`; `python -m mvlm.export.engine` is the far side, which reads one task
-as a line of JSON, writes a line of JSON an item and ends when its input does. It imports no torch.
+This is the near side. The far one, `python -m mvlm.export.far`, reads one task as a line of JSON, writes a line of JSON an item and
+ends when its input does.
 """
 
 from __future__ import annotations
 
 import base64
-import ctypes
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +64,28 @@ class Ask(NamedTuple):
     """The question alone, for the chat."""
     picture: bytes | None
     """A PNG file."""
+
+
+class Timed(NamedTuple):
+    """One request with a picture, timed by llama.cpp's server."""
+
+    text_tokens: int
+    image_tokens: int
+    encode_ms: float
+    """The picture through tower and projector, by the time stamps of the server's log."""
+    prompt_ms: float
+    """From the beginning of the request's work to the first token of the answer, `encode_ms` within it."""
+    predicted_ms: float
+    """The rest of the answer's tokens: one less than there are, for the first falls out of the prompt."""
+    wall_ms: float
+    """As the asking side sees it, with unpacking and fitting the picture and HTTP."""
+    peak_bytes: int | None
+    """Most memory of the server's process, its interpreter and mapped files included, a GPU's not; None where no /proc tells."""
+    busy: float | None
+    """Processor time that the server's process got, over `wall_ms` times its threads; near 1, or something else ran on the
+    machine. None with a GPU, and where no /proc tells."""
+    told: dict[str, str | None]
+    """From the server's log: its build, what it uses of the processor, layers on a GPU, the tower's backend."""
 
 
 class EngineError(ValueError):
@@ -186,6 +202,49 @@ class Engine:
         finally:
             task.close()
 
+    def timed(
+        self, language: Path, mmproj: Path, picture: bytes, *, text: int, tokens: int, context: int = 2048
+    ) -> Timed:
+        """One greedy answer of a fixed length, in a fresh process, after a short one that warms up.
+
+        Args:
+            text: tokens of the prompt beside the picture's, made of filler: so prompts are as long whatever the tokenizer.
+            tokens: of the answer, which no end of text cuts off.
+
+        Raises:
+            EngineError: also if the figures are not those of such a request.
+        """
+        task = {"picture": _text(picture), "text": text, "tokens": tokens, "context": context}
+        (far,) = self._task("timed", _files(language, mmproj) | task)
+        took: dict[str, Any] = far.pop("timings")
+        if took["predicted_n"] != tokens:
+            raise EngineError(
+                f"llama.cpp made {took['predicted_n']} tokens where {tokens} were asked for: nothing was measured"
+            )
+        if took["cache_n"]:
+            raise EngineError(
+                f"llama.cpp took {took['cache_n']} tokens of the prompt from an earlier request, against `cache_prompt: false`: "
+                "the picture's work is not in its figures, and nothing was measured"
+            )
+        if not 0 < far["encode_ms"] < took["prompt_ms"]:
+            raise EngineError(
+                f"llama.cpp's log has {far['encode_ms']:.1f} ms for the picture, within a prompt of {took['prompt_ms']:.1f} ms: "
+                "its clock was set meanwhile, or this build logs otherwise"
+            )
+        layers = far["told"]["layers on a GPU"]
+        if self.gpu_layers and (not layers or layers.startswith("0/")):
+            raise EngineError(
+                f"gpu_layers={self.gpu_layers}, and this llama.cpp put none on a GPU: it is a build without one, or finds none. "
+                "Give a build with CUDA (llama_cpp=<its build/bin>), or gpu_layers=0"
+            )
+        return Timed(
+            text_tokens=text,
+            image_tokens=took["prompt_n"] - text,
+            prompt_ms=took["prompt_ms"],
+            predicted_ms=took["predicted_ms"],
+            **far,
+        )
+
     def quantise(self, source: Path, target: Path, quant: str) -> dict[str, int]:
         """A float16 language model with fewer bits. Returns how many matrices have which type."""
         (counts,) = self._task("quantise", {"source": str(source), "target": str(target), "quant": quant})
@@ -207,7 +266,7 @@ class Engine:
         }
         with tempfile.TemporaryFile("w+") as log:
             far = subprocess.Popen(
-                [sys.executable, "-m", "mvlm.export.engine"],
+                [sys.executable, "-m", "mvlm.export.far"],
                 stdin=subprocess.PIPE,  # held open: when we end, whatever ends us, so does the far side
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -279,225 +338,3 @@ def _free(host: str, port: int) -> bool:
 
 def _text(picture: bytes) -> str:
     return base64.b64encode(picture).decode()
-
-
-# --------------------------------------------------------------------------------------------------- the far side
-
-
-def _library(task: dict[str, Any]) -> ctypes.CDLL:
-    """All of llama.cpp's functions: a library also answers for those that it was linked with."""
-    if task["build"]:
-        return ctypes.CDLL(str(Path(task["build"]) / "libmtmd.so"))
-    import xllamacpp.xllamacpp
-
-    return ctypes.CDLL(xllamacpp.xllamacpp.__file__)
-
-
-class _Defaults(ctypes.Structure):
-    """llama_model_params as the library fills it, handed back as it is: larger than any version's, and never looked into."""
-
-    _fields_ = [("words", ctypes.c_uint64 * 64)]
-
-
-class _ImageParams(ctypes.Structure):
-    """The beginning of mtmd_context_params; the rest is handed back as it is."""
-
-    _fields_ = [
-        ("use_gpu", ctypes.c_bool),
-        ("device", ctypes.c_void_p),
-        ("print_timings", ctypes.c_bool),
-        ("n_threads", ctypes.c_int),
-        ("image_marker", ctypes.c_char_p),
-        ("media_marker", ctypes.c_char_p),
-        ("flash_attn_type", ctypes.c_int),
-        ("warmup", ctypes.c_bool),
-        ("words", ctypes.c_uint64 * 64),
-    ]
-
-
-class _InputText(ctypes.Structure):
-    _fields_ = [
-        ("text", ctypes.c_char_p),
-        ("length", ctypes.c_size_t),
-        ("add_special", ctypes.c_bool),
-        ("parse_special", ctypes.c_bool),
-    ]
-
-
-def _look(task: dict[str, Any]) -> Iterator[str]:
-    """Each picture's embeddings into a file of its own."""
-    from PIL import Image
-
-    lib = _library(task)
-    try:
-        params = _returning(lib.mtmd_context_params_default, _ImageParams)()
-        known = params.media_marker == _returning(lib.mtmd_default_marker, ctypes.c_char_p)() and params.n_threads == 4
-    except AttributeError:
-        known = False
-    if not known:  # nothing is set blindly
-        raise SystemExit(f"its C functions are others than those of {TESTED}: take that version")
-    params.use_gpu, params.print_timings = bool(task["gpu_layers"]), False
-    params.n_threads = task["threads"] or params.n_threads
-    load = _returning(lib.llama_model_load_from_file, ctypes.c_void_p)
-    start = _returning(lib.mtmd_init_from_file, ctypes.c_void_p)
-    words = _returning(lib.llama_model_default_params, _Defaults)()
-    model = ctypes.c_void_p(load(task["language"].encode(), words))
-    context = ctypes.c_void_p(start(task["mmproj"].encode(), model, params) if model else None)
-    if not context:
-        raise SystemExit("llama.cpp could not load the files")
-    width = lib.llama_model_n_embd_inp(model)
-    marker = params.media_marker
-    text = _InputText(marker, len(marker), False, True)
-    for number, picture in enumerate(task["pictures"]):
-        image = Image.open(BytesIO(base64.b64decode(picture))).convert("RGB")
-        bitmap = ctypes.c_void_p(_returning(lib.mtmd_bitmap_init, ctypes.c_void_p)(*image.size, image.tobytes()))
-        chunks = ctypes.c_void_p(_returning(lib.mtmd_input_chunks_init, ctypes.c_void_p)())
-        bitmaps = (ctypes.c_void_p * 1)(bitmap)
-        if lib.mtmd_tokenize(context, chunks, ctypes.byref(text), bitmaps, ctypes.c_size_t(1)):
-            raise SystemExit("llama.cpp could not read a picture")
-        chunk = ctypes.c_void_p(_returning(lib.mtmd_input_chunks_get, ctypes.c_void_p)(chunks, ctypes.c_size_t(0)))
-        count = _returning(lib.mtmd_input_chunk_get_n_tokens, ctypes.c_size_t)(chunk)
-        if lib.mtmd_encode_chunk(context, chunk):
-            raise SystemExit("llama.cpp could not encode a picture")
-        values = _returning(lib.mtmd_get_output_embd, ctypes.POINTER(ctypes.c_float))(context)
-        name = f"{task['out']}-{number}.npy"
-        np.save(name, np.ctypeslib.as_array(values, (count, width)))
-        yield name
-
-
-def _returning(function: Any, kind: Any) -> Any:
-    function.restype = kind
-    return function
-
-
-class _Server:
-    """llama.cpp's server, in this process or as its child, and the address it listens on."""
-
-    def __init__(self, task: dict[str, Any], host: str = LOOPBACK, port: int = 0, ui: bool = False) -> None:
-        if task["build"]:
-            self.address = f"http://{host}:{port or _free_port(host)}"
-            self._server = _program(task, host, int(self.address.rsplit(":", 1)[1]), ui)
-            self._wait()
-        else:
-            self._server = _packaged(task, host, port, ui)
-            self.address = self._server.listening_address
-
-    def _wait(self) -> None:
-        while True:
-            if self._server.poll() is not None:
-                raise SystemExit(f"llama-server ended with code {self._server.returncode}")
-            with suppress(OSError), urllib.request.urlopen(f"{self.address}/health"):  # 503 while it loads
-                return
-            time.sleep(0.05)
-
-    def __call__(self, path: str, **body: Any) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise SystemExit(f"the server refused {path}: {error.read().decode(errors='replace')}") from None
-
-
-def _packaged(task: dict[str, Any], host: str, port: int, ui: bool) -> Any:
-    """The package's server, in this process."""
-    import xllamacpp
-
-    p = xllamacpp.CommonParams()
-    p.model.path, p.mmproj.path = task["language"], task["mmproj"]
-    p.n_ctx, p.n_parallel = task["context"], 1
-    if task["threads"]:
-        p.cpuparams.n_threads = p.cpuparams_batch.n_threads = task["threads"]
-    p.n_gpu_layers, p.mmproj_use_gpu = task["gpu_layers"], bool(task["gpu_layers"])
-    p.hostnames, p.port, p.ui = [host], port, ui
-    p.endpoint_slots, p.cors_origins = False, ""  # nobody else's page may read what is said here
-    p.public_path, p.sampling.temp = task.get("page") or "", 0.0
-    return xllamacpp.Server(p)
-
-
-def _program(task: dict[str, Any], host: str, port: int, ui: bool) -> subprocess.Popen:
-    """A build's own server. The kernel ends it with us."""
-    words = [str(Path(task["build"]) / "llama-server"), "-m", task["language"], "--mmproj", task["mmproj"]]
-    words += [
-        "-c",
-        str(task["context"]),
-        "--parallel",
-        "1",
-        "-ngl",
-        str(task["gpu_layers"]),
-        "--jinja",
-        "--no-slots",
-        "--temp",
-        "0",
-    ]
-    words += ["--host", host, "--port", str(port), "--cors-origins", ""] + ["--no-ui"] * (not ui)
-    words += ["-t", str(task["threads"])] * bool(task["threads"]) + ["--path", str(task.get("page"))] * bool(
-        task.get("page")
-    )
-    words += ["--no-mmproj-offload"] * (not task["gpu_layers"])
-    ends_with_us = ctypes.CDLL(None).prctl
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, preexec_fn=lambda: ends_with_us(1, signal.SIGKILL))
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as one:
-        one.bind((host, 0))
-        return one.getsockname()[1]
-
-
-def _serve(task: dict[str, Any]) -> Iterator[str]:
-    server = _Server(task, task["host"], task["port"], ui=True)
-    yield server.address
-    sys.stdin.read()  # until the near side ends
-
-
-def _ask(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    server = _Server(task)
-    greedy = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "return_tokens": True, "cache_prompt": task["reuse"]}
-    for one in task["asked"]:
-        prompt, content = {"prompt_string": one["prompt"]}, [{"type": "text", "text": one["question"]}]
-        if one["picture"]:
-            prompt["multimodal_data"] = [one["picture"]]
-            url = {"url": f"data:image/png;base64,{one['picture']}"}
-            content = [{"type": "image_url", "image_url": url}, *content]
-        said = server("/completion", prompt=prompt, n_predict=task["limit"], n_probs=task["top"], **greedy)
-        pieces = enumerate(one["prompt"].split(MARKER))
-        yield {
-            "ids": said["tokens"],
-            "stopped": said["stop_type"] == "eos",
-            "top": [
-                (step["id"], {t["id"]: t["logprob"] for t in step["top_logprobs"]})
-                for step in said.get("completion_probabilities", [])  # none if all of it is within a character
-            ],
-            "prompt": [
-                server("/tokenize", content=p, add_special=n == 0, parse_special=True)["tokens"] for n, p in pieces
-            ],
-            "chat": server("/apply-template", messages=[{"role": "user", "content": content}])["prompt"],
-        }
-
-
-def _quantise(task: dict[str, Any]) -> Iterator[dict[str, int]]:
-    from mvlm.export.quantise import quantise
-
-    yield quantise(Path(task["source"]), Path(task["target"]), task["quant"], _library(task))
-
-
-def main() -> None:
-    """The far side: one task from standard input, a line of JSON an item to standard output."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what llama.cpp prints goes to the log
-    task = json.loads(sys.stdin.readline())
-    try:
-        for item in {"look": _look, "ask": _ask, "serve": _serve, "quantise": _quantise}[task["do"]](task):
-            out.write(json.dumps(item) + "\n")
-            out.flush()
-    except BaseException as error:
-        print(f"{FAILED} {error or type(error).__name__}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)  # the server's threads would be waited for
-
-
-if __name__ == "__main__":
-    main()

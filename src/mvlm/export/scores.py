@@ -44,8 +44,7 @@ def measure(
     for benchmark in found:
         _answer(cfg, run, chat, benchmark, answers_file(folder, benchmark), language, mmproj, progress)
     results = evaluate(None, found, folder)
-    earlier = run.folder / f"results{score.beside(results)}.json"
-    before = json.loads(earlier.read_text()) if earlier.exists() else {"benchmarks": {}, "questions": {}}
+    before = run.results(cfg.protocol)
     rows = {}
     for benchmark in found:
         name, after = benchmark.name, results["benchmarks"][benchmark.name]["none"]

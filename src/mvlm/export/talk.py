@@ -7,8 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,60 +16,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from mvlm.chat import converse
-from mvlm.data.image import Pictures, open_picture
-from mvlm.export.container import Opened
 from mvlm.export.engine import LOOPBACK, Engine, EngineError
-from mvlm.export.gate import png
+from mvlm.export.pair import Pair
 
 PAGE = Path(__file__).with_name("page")
 """Shown where a build of llama.cpp has no page of its own."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two files that belong together."""
-
-    language: Path
-    mmproj: Path
-    about: dict[str, Any]
-    """manifest.json; empty for files that were not exported here."""
-
-    @classmethod
-    def find(cls, folder: str | Path) -> Pair:
-        """In a folder that export.py wrote, or in one with a single pair.
-
-        Raises:
-            ValueError: there is no pair, or several, or a file is not as long as the manifest says.
-        """
-        folder = Path(folder)
-        told = folder / "manifest.json"
-        if told.exists() and "mmproj" in (about := json.loads(told.read_text(encoding="utf-8"))).get("files", {}):
-            files = [folder / about["files"][role]["name"] for role in ("language", "mmproj")]
-            for file, role in zip(files, ("language", "mmproj"), strict=True):
-                here, there = file.stat().st_size if file.exists() else 0, about["files"][role]["bytes"]
-                if here != there:
-                    raise ValueError(f"{file} has {here:,} bytes and {told} says {there:,}: copy or export it again")
-            return cls(*files, about)
-        found = sorted(folder.glob("*.gguf"))
-        seers = [file for file in found if "mmproj" in file.name]
-        talkers = [file for file in found if file not in seers]
-        if len(seers) != 1 or len(talkers) != 1:
-            names = ", ".join(file.name for file in found) or "no file that ends in .gguf"
-            raise ValueError(
-                f"{folder} must hold one language model and one mmproj (a file with mmproj in its name), and holds {names}; "
-                "export.py writes such a folder, <run>/gguf/<quant>"
-            )
-        return cls(talkers[0], seers[0], {})
-
-    @property
-    def context(self) -> int:
-        """Positions for a prompt and its answer."""
-        return self.about.get("context") or min(4096, Opened(self.language).get("llama.context_length"))
-
-    def fit(self, image: str | Path) -> bytes:
-        """A picture as the model was trained to see it, as a PNG file. Files that were not exported here get it as it is."""
-        look, picture = self.about.get("pictures"), open_picture(image)
-        return png(Pictures(look["size"], look["mode"], look["mean"], look["std"]).fit(picture) if look else picture)
 
 
 class Conversation:
@@ -141,18 +91,16 @@ def browser(cfg: DictConfig) -> None:
             "otherwise. The terminal (serve=false) shows them as trained.[/]"
         )
     where = {"host": cfg.host, "port": cfg.port, "context": pair.context}
-    with ExitStack() as open_now:
+    with suppress(KeyboardInterrupt), ExitStack() as open_now:
         serve = partial(engine.serve, pair.language, pair.mmproj, **where)
         address, lasting = open_now.enter_context(serve())
         if not _has_page(address):
             open_now.close()
             address, lasting = open_now.enter_context(serve(page=PAGE))
         say(f"{pair.language.name} answers at {address} (Ctrl-C ends it)")
-        try:
-            for _ in lasting:
-                pass
-        except KeyboardInterrupt:
-            say("ended")
+        for _ in lasting:
+            pass
+    say("ended")
 
 
 def _has_page(address: str) -> bool:
