@@ -122,10 +122,9 @@ def work(model: MobileVLM, text: int) -> Work:
     from torch.utils.flop_counter import FlopCounterMode
 
     counts: list[int] = []
-    corrected = {torch.ops.aten.convolution_backward: _convolution_backward}
 
     def count(function, *arguments):
-        with FlopCounterMode(display=False, custom_mapping=corrected) as counter:
+        with FlopCounterMode(display=False, custom_mapping=corrected()) as counter:
             result = function(*arguments)
         counts.append(counter.get_total_flops())
         return result
@@ -147,6 +146,13 @@ def work(model: MobileVLM, text: int) -> Work:
         logits = count(read, tokens)
         count(logits.sum().backward)
     return Work(*counts)
+
+
+def corrected() -> dict[Any, Any]:
+    """What torch's FLOP counter must be told."""
+    import torch
+
+    return {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def _convolution_backward(

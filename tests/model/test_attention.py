@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mvlm.model import attention
 from mvlm.model.attention import grouped_attention
 
 SIZES = {
@@ -20,19 +21,21 @@ SIZES = {
 }
 
 
+@pytest.mark.parametrize("block", [4, 128])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_values_and_gradients_equal_torch(groups):
-    """float64, so that only the order of additions differs: 1e-12."""
+def test_values_and_gradients_equal_torch(groups, block, monkeypatch):
+    """In blocks of which the last is not whole, and at once. float64, so that only the order of additions differs: 1e-12."""
+    monkeypatch.setattr(attention, "BLOCK", block)
     torch.manual_seed(0)
     query = torch.randn(2, 6, 9, 4, dtype=torch.float64)
     key, value = torch.randn(2, 2, groups, 9, 4, dtype=torch.float64).unbind(0)
     results = []
-    for attention in (
+    for compute in (
         lambda q, k, v: grouped_attention(q, k, v, 0.3),
         lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True),
     ):
         inputs = [t.clone().requires_grad_() for t in (query, key, value)]
-        out = attention(*inputs)
+        out = compute(*inputs)
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -1,0 +1,360 @@
+"""A training step: ours under Lightning beside transformers' own LLaVA class under its Trainer, on the same samples.
+
+Both have the same tower and language model with random weights, the tower frozen, the same dialogues, precision, fused AdamW and
+batches. The peer has LLaVA-1.5's projector and hands all of a picture's patches to the language model, as that class does;
+ours has the projector that is asked for, so `projector=pw2` compares implementations and `projector=ldpv2` the paper's point too.
+
+Useful arithmetic is counted, not assumed: the products that one dialogue needs without padding, with a frozen tower's last block
+left out and with logits at labelled positions alone, whatever a way really computes. Its rate stands beside the rate of plain
+matrix products in this process.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import transformers
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvlm import build, plan
+from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
+from mvlm.data.collate import collate
+from mvlm.data.datamodule import StepData
+from mvlm.data.dataset import Sample
+from mvlm.data.image import Pictures
+from mvlm.strategy.parameters import freeze_and_group
+from mvlm.strategy.stage import Stage
+
+WARM = 2
+"""Steps of a round that are not counted: the first of every shape pays for what later ones do not."""
+
+TEXT = (4.0, 0.6)
+"""Words of a dialogue: e to a normal variable of this mean and deviation, 55 in the middle, 4 to 1,024 allowed."""
+
+
+class Dialogues(Dataset[Sample]):
+    """Made-up dialogues, each about a JPEG file of 640 x 480, the last half of its words learned."""
+
+    def __init__(self, folder: Path, count: int, image_tokens: int, words: int, look: Pictures, seed: int = 0) -> None:
+        draw = random.Random(seed)
+        self.texts = [
+            [draw.randrange(3, words) for _ in range(min(1024, max(4, round(draw.lognormvariate(*TEXT)))))]
+            for _ in range(count)
+        ]
+        self.image_tokens, self.look = image_tokens, look
+        self.pictures = []
+        for number in range(min(count, 16)):
+            noise = np.random.default_rng(number).integers(0, 255, (15, 20, 3), np.uint8)
+            self.pictures.append(folder / f"{number}.jpg")
+            Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(self.pictures[-1], quality=90)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words; all have a picture."""
+        return [len(text) for text in self.texts]
+
+    def __getitem__(self, index: int) -> Sample:
+        text = self.texts[index]
+        asked, path = len(text) - len(text) // 2, self.pictures[index % len(self.pictures)]
+        ids = [1, *[IMAGE_TOKEN] * self.image_tokens, *text]
+        labels = [IGNORE_INDEX] * (1 + self.image_tokens + asked) + text[asked:]
+        return Sample(str(index), "made", ids, labels, pixels=self.look(path), picture=str(path))
+
+
+@dataclass
+class Clock:
+    """Seconds of a training's steps, from the end of the one before; what of it was spent waiting for data."""
+
+    steps: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+
+    def begin(self) -> None:
+        now = perf_counter()
+        if self.steps or self.waited:
+            self.waited.append(now - self._ended)
+        else:
+            self.waited.append(0.0)
+        self._began = now
+
+    def end(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = perf_counter()
+        self.steps.append(now - self._began + self.waited[-1])
+        self._ended = now
+
+
+@dataclass
+class OurClock(Clock, Callback):
+    """Under Lightning."""
+
+    def on_train_batch_start(self, *ignored: Any) -> None:
+        self.begin()
+
+    def on_train_batch_end(self, *ignored: Any) -> None:
+        self.end()
+
+
+@dataclass
+class PeersClock(Clock, transformers.TrainerCallback):
+    """Under transformers' Trainer."""
+
+    def on_step_begin(self, *ignored: Any, **more: Any) -> None:
+        self.begin()
+
+    def on_step_end(self, *ignored: Any, **more: Any) -> None:
+        self.end()
+
+
+@dataclass(frozen=True)
+class Round:
+    """A way's training, once."""
+
+    seconds: float
+    waited: float
+    peak_bytes: int
+    """Largest resident set of the process; on a GPU what torch's allocator held."""
+
+
+def ours(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
+    """A stage as `mvlm.fit` runs it."""
+    device = build.device()
+    with device:
+        model = build.model(cfg)
+    rates = OmegaConf.to_container(cfg.strategy.finetune.rates, resolve=True)
+    loader = StepData(data, cfg.micro_batch, cfg.micro_batch, workers=cfg.workers, order="random")
+    module, clock = Stage(model, rates, steps=loader.steps), OurClock()
+    trainer = L.Trainer(
+        accelerator="auto", devices=1, precision=precision, max_epochs=1, logger=False, callbacks=[clock],
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    return clock
+
+
+def peer(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
+    """transformers' LlavaForConditionalGeneration and Trainer."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
+
+    model = build.model(cfg)
+    language, tower = model.language.config, _tower_config(model.vision)
+    words = language.vocab_size
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=type(language)(**language.to_dict() | {"vocab_size": words + 1, "_attn_implementation": None}),
+        image_token_id=words,
+        image_token_index=words,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    del model
+    with build.device():
+        llava = LlavaForConditionalGeneration(config)
+    llava.model.vision_tower.requires_grad_(False)
+
+    def padded(samples: Sequence[Sample]) -> dict[str, Tensor]:
+        batch: Batch = collate(samples)
+        ids = batch.input_ids.masked_fill(batch.input_ids == IMAGE_TOKEN, words)
+        more = {"attention_mask": batch.attention_mask.long(), "pixel_values": batch.pixels}
+        return {"input_ids": ids, "labels": batch.labels, **more}
+
+    clock = PeersClock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=cfg.micro_batch, num_train_epochs=1, bf16=precision.startswith("bf16"),
+            use_cpu=build.device().type == "cpu", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            dataloader_num_workers=cfg.workers, remove_unused_columns=False, optim="adamw_torch_fused", seed=0,
+        )  # fmt: skip
+        trainer = Trainer(llava, arguments, data_collator=padded, train_dataset=data, callbacks=[clock])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return clock
+
+
+def _tower_config(vision: Any) -> Any:
+    """transformers' tower of the same size: Dinov2 where blocks have a layer scale, else CLIP's."""
+    tower, block = vision.tower, vision.tower.blocks[0]
+    sizes = {
+        "hidden_size": vision.width,
+        "num_hidden_layers": vision.depth,
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": vision.image_size,
+        "patch_size": tower.patch_embed.patch_size[0],
+    }
+    if isinstance(block.ls1, torch.nn.Identity):
+        return transformers.CLIPVisionConfig(**sizes, intermediate_size=block.mlp.fc1.out_features)
+    return transformers.Dinov2Config(**sizes, mlp_ratio=block.mlp.fc1.out_features // vision.width)
+
+
+# ------------------------------------------------------------------------------------------------ what is useful
+
+
+def useful(cfg: DictConfig, texts: Sequence[Sequence[int]]) -> list[int]:
+    """FLOPs that each dialogue needs, two for a multiply-add, by torch's own counter on tensors without values; attention counts
+    whole, as usual."""
+    net = plan.meta_model(cfg.model.module)
+    freeze_and_group(net, OmegaConf.to_container(cfg.strategy.finetune.rates, resolve=True))
+
+    @cache
+    def needed(length: int) -> int:
+        with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=plan.corrected()) as counter:
+            tokens = net.project(net.encode(torch.empty(1, 3, net.image_size, net.image_size)))
+            words = net.language.get_input_embeddings()(torch.zeros(1, length + 1, dtype=torch.long))
+            seen = torch.cat([words, tokens], 1)
+            mask = torch.empty(
+                1, 1, seen.shape[1], seen.shape[1], dtype=torch.bool
+            )  # given, so that no value is looked at
+            hidden = net.language.model(inputs_embeds=seen, attention_mask=mask, use_cache=False).last_hidden_state
+            net.language.lm_head(hidden[:, : length // 2]).sum().backward()
+        return counter.get_total_flops()
+
+    return [needed(len(text)) for text in texts]
+
+
+def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP/s of plain matrix products (2048^3; on a GPU 8192^3), the best of five spells."""
+    device = build.device()
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        began, count = perf_counter(), 0
+        while perf_counter() - began < seconds / 5:
+            a @ b
+            count += 1
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        best = max(best, 2 * size**3 * count / (perf_counter() - began))
+    return best
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Train both ways, `cfg.rounds` times in turn, each time a fresh model, and print rates and ratios.
+
+    Returns:
+        What was measured, in plain types: by way `samples_per_second`, `tokens_per_second` (without padding), `share` of the
+        matrix rate that is useful arithmetic, `waited` share of the time, `padding` share of positions, `peak_bytes`; and the `ratio`.
+    """
+    precision = build.precision(cfg.precision)
+    net = plan.meta_model(cfg.model.module)
+    texts, more = (
+        WARM * cfg.micro_batch + cfg.samples,
+        {"words": net.language.config.vocab_size, "look": build.pictures(cfg, "finetune")},
+    )
+    for noisy in ("ignore:.*does not have many workers.*", "ignore:.*tokenizer.*", "ignore:.*pin_memory.*"):
+        warnings.filterwarnings(*noisy.split(":", 1))
+    with tempfile.TemporaryDirectory() as folder:
+        made = partial(Dialogues, Path(folder), texts, **more)
+        ways: dict[str, tuple[Callable, Dialogues, list[int]]] = {}
+        patches = OmegaConf.merge(cfg, {"model": {"module": {"projector": {"_target_": "mvlm.projector.pw2.PW2"}}}})
+        for name, way, whole in (
+            (f"ours, {type(net.projector).__name__}", ours, cfg),
+            ("transformers' Trainer and LLaVA", peer, patches),
+        ):
+            data = made(image_tokens=plan.meta_model(whole.model.module).image_tokens)
+            ways[name] = way, data, useful(whole, data.texts)
+        rates = [matrix_rate(build.autocast_type(precision) or torch.float32)]
+        rounds: dict[str, list[Round]] = {name: [] for name in ways}
+        for number in range(cfg.rounds):
+            for name in ways if number % 2 == 0 else reversed(ways):
+                rounds[name].append(_round(cfg, *ways[name][:2], precision))
+            rates.append(matrix_rate(build.autocast_type(precision) or torch.float32))
+    rate = float(np.median(rates))
+    measured = {
+        "what": f"{cfg.samples} dialogues of {np.mean([len(t) for t in data.texts]):.0f} words and a picture, {cfg.micro_batch} a step, "
+        f"{precision}, {build.device()}, model {OmegaConf.select(cfg, 'model.module.vision.name')}",
+        "matrix_flops_per_second": rate,
+        "threads": torch.get_num_threads(),
+        "workers": cfg.workers,
+        "ways": {
+            name: _told(rounds[name], data, flops, rate, cfg.micro_batch) for name, (_, data, flops) in ways.items()
+        },
+    }
+    mine, theirs = measured["ways"].values()
+    measured["ratio"] = round(mine["samples_per_second"] / theirs["samples_per_second"], 2)
+    _show(measured)
+    return measured
+
+
+def _round(cfg: DictConfig, way: Callable, data: Dialogues, precision: str) -> Round:
+    cuda = torch.cuda.is_available()
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    torch.manual_seed(0)
+    clock = way(cfg, data, precision)
+    peak = torch.cuda.max_memory_allocated() if cuda else _peak_resident()
+    return Round(sum(clock.steps[WARM:]), sum(clock.waited[WARM:]), peak)
+
+
+def _peak_resident() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def _told(
+    rounds: Sequence[Round], data: Dialogues, flops: Sequence[int], rate: float, micro_batch: int
+) -> dict[str, Any]:
+    count = len(data) - WARM * micro_batch
+    seconds = sorted(one.seconds for one in rounds)
+    middle = seconds[len(seconds) // 2]
+    share, lengths = count / len(data), [1 + data.image_tokens + n for n in data.lengths]
+    padded = [
+        max(lengths[k : k + micro_batch]) * len(lengths[k : k + micro_batch])
+        for k in range(0, len(lengths), micro_batch)
+    ]
+    return {
+        "image_tokens": data.image_tokens,
+        "seconds": [round(one.seconds, 2) for one in rounds],
+        "samples_per_second": round(count / middle, 3),
+        "tokens_per_second": round(sum(lengths) * share / middle, 1),
+        "flops_per_sample": sum(flops) / len(flops),
+        "share": round(sum(flops) * share / middle / rate, 3),
+        "waited": round(float(np.median([one.waited / one.seconds for one in rounds])), 4),
+        "padding": round(1 - sum(lengths) / sum(padded), 3),
+        "peak_bytes": int(np.median([one.peak_bytes for one in rounds])),
+    }
+
+
+def _show(measured: dict[str, Any]) -> None:
+    table = Table(title=measured["what"], title_justify="left")
+    for number, column in enumerate(
+        ("way", "image tokens", "samples/s", "tokens/s", "useful", "waited", "padding", "peak")
+    ):
+        table.add_column(column, justify="right" if number else "left")
+    for name, way in measured["ways"].items():
+        table.add_row(
+            name, str(way["image_tokens"]), f"{way['samples_per_second']:.2f}", f"{way['tokens_per_second']:.0f}", f"{way['share']:.1%}",
+            f"{way['waited']:.1%}", f"{way['padding']:.0%}", f"{way['peak_bytes'] / 1e9:.1f} GB",
+        )  # fmt: skip
+    Console().print(table)
+    told = f"matrix products: {measured['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s, of which `useful` is the share"
+    Console().print(f"{told}; ratio of samples/s: {measured['ratio']:.2f}")
