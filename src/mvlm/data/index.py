@@ -37,6 +37,11 @@ SLOW = 64 << 20
 """Bytes from which reading takes long enough to show a bar."""
 DOUBTFUL = 32
 """Characters before the end of what was read so far in which a number, a word or an error may look otherwise once more is read."""
+SPACE = re.compile(r"[ \t\n\r]*")
+CODE = hashlib.sha256(
+    b"".join(Path(file).read_bytes() for file in (__file__, prompt.__file__, Path(__file__).with_name("dataset.py")))
+).hexdigest()[:16]
+"""Rows that other code checked are read again."""
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +188,7 @@ class Index:
             ):
                 for record in read_records(file, annotations, digest.update):
                     rows.append(row(record))
-                    size += len(rows[-1].record or b"")
+                    size += len(rows[-1].record or rows[-1].problem)
                     if size > CHUNK:
                         writer.write_batch(batch())
                         rows, size = [], 0
@@ -319,9 +324,6 @@ def read_records(file: BinaryIO, path: Path, seen: Callable[[bytes], Any] = lamb
         fail("Extra data", at)
 
 
-SPACE = re.compile(r"[ \t\n\r]*")
-
-
 def _stamp(annotations: Path) -> list[Any]:
     """By which a file, and the code that checks it, are known again."""
     try:
@@ -338,8 +340,3 @@ def _wait_for(lock: Any, annotations: Path) -> None:
     except BlockingIOError:
         log.warning("another process indexes %s; waiting for it", annotations)
         fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-CODE = hashlib.sha256(
-    b"".join(Path(file).read_bytes() for file in (__file__, prompt.__file__, Path(__file__).with_name("dataset.py")))
-).hexdigest()[:16]
