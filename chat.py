@@ -3,6 +3,8 @@
 python chat.py run=runs/pocket-ldpv2-v2-unfreeze_llm-s0 image=cat.png prompt="What is this?"
 python chat.py run=<folder> image=cat.png                  asks for questions until an empty line
 python chat.py run=<released MobileVLM folder> image=cat.png
+python chat.py gguf=<run>/gguf/q4_k image=cat.png          exported files, answered by llama.cpp
+python chat.py gguf=<run>/gguf/q4_k serve=true             the same on a page in the browser, on this machine alone
 """
 
 from __future__ import annotations
@@ -11,14 +13,19 @@ from mvlm.cli import script
 
 
 def main(cfg) -> None:
-    from mvlm.chat import Chat
+    if (cfg.run is None) == (cfg.gguf is None):
+        raise ValueError("name a model: run=<run folder or released checkpoint>, or gguf=<folder that export.py wrote>")
+    if cfg.serve and cfg.gguf is None:
+        raise ValueError(
+            "serve=true is llama.cpp's server, for exported files: python export.py run=<folder>, then gguf="
+        )
+    if cfg.gguf is not None:
+        from mvlm.export.talk import browser, terminal
 
-    chat = Chat.open(cfg.run, max_new_tokens=cfg.max_new_tokens)
-    chat.look(cfg.image)
-    if cfg.prompt is not None:
-        return chat.say(cfg.prompt)
-    while question := input("> ").strip():
-        chat.say(question)
+        return browser(cfg) if cfg.serve else terminal(cfg)
+    from mvlm.chat import Chat, converse
+
+    converse(Chat.open(cfg.run, max_new_tokens=cfg.max_new_tokens), cfg.image, cfg.prompt)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -13,7 +15,7 @@ from mvlm import build
 from mvlm.data.image import Pictures
 from mvlm.data.prompt import Template, template
 from mvlm.data.tokenizer import Tokenizer, load_tokenizer
-from mvlm.model.checkpoint import from_released
+from mvlm.model.checkpoint import from_released, read_config
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.run import Run
 
@@ -39,7 +41,7 @@ class Chat:
             ValueError: it is neither.
         """
         folder = Path(folder)
-        if (folder.parent / "config.yaml").exists():  # a stage's folder inside a run folder
+        if folder.name in build.STAGES and (folder.parent / "config.yaml").exists():  # inside a run folder
             folder = folder.parent
         if (folder / "config.yaml").exists():
             run = Run.find(folder)
@@ -52,9 +54,11 @@ class Chat:
                 max_new_tokens,
             )
         if (folder / "config.json").exists():
-            model = from_released(folder)
-            pictures = Pictures(model.image_size, "pad", CLIP_MEAN, CLIP_STD)
-            return cls(model, load_tokenizer(folder), template("v1"), pictures, max_new_tokens)
+            model, said = from_released(folder), read_config(folder)
+            look = {"size": model.image_size, "mode": "pad", "mean": CLIP_MEAN, "std": CLIP_STD}
+            pictures = Pictures(**said.get("mvlm_pictures", look))  # ours says how it sees and is spoken to
+            talk = template(said.get("mvlm_template", "v1"))
+            return cls(model, load_tokenizer(folder), talk, pictures, max_new_tokens)
         raise ValueError(f"{folder} is neither a run folder (config.yaml) nor a released checkpoint (config.json)")
 
     @torch.inference_mode()
@@ -84,9 +88,22 @@ class Chat:
                 shown = text
             embedded = self.model.embed(torch.tensor([[token]]))
 
-    def say(self, question: str) -> None:
-        """Print the answer as it comes."""
-        for piece in self.stream(question):
+
+def converse(chat: Any, image: str | None, prompt: str | None) -> None:
+    """One question, or questions from the terminal until an empty line; answers are printed as they come.
+
+    Args:
+        chat: has `look` and `stream`.
+    """
+    chat.look(image)
+    for question in _typed() if prompt is None else [prompt]:
+        for piece in chat.stream(question):
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()
+
+
+def _typed() -> Iterator[str]:
+    with suppress(EOFError):
+        while question := input("> ").strip():
+            yield question

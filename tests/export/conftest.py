@@ -11,18 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mvlm import build
 from mvlm.data import byte_tokenizer
 from mvlm.data.image import Pictures
 from mvlm.data.prompt import Template, template
 from mvlm.data.tokenizer import FastTokenizer, SentencePieceTokenizer, load_tokenizer
 from mvlm.export import container, gate, language, tokenizer, vision
 from mvlm.export.container import Stored
+from mvlm.model.checkpoint import save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.model.vision import Vision
 from mvlm.projector.ldpv2 import LDPv2
+from mvlm.run import Run
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 
@@ -158,3 +162,32 @@ def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
         return [t._replace(value=change(t.value)) if t.name.endswith(name) else t for t in tensors]
 
     return spoil
+
+
+SMALL = (
+    "model=nano", "model.grid=24", "model.module.vision.image_size=96", "+model.module.vision.patch_size=4",
+    "+model.module.vision.mlp_ratio=3", "model.pictures.size=96", "model.module.language.config.tie_word_embeddings=false",
+)  # fmt: skip
+"""The nano model on the grid that llama.cpp asks for."""
+
+
+@pytest.fixture
+def run_of(configure, tmp_path):
+    """`run_of("projector=pw2")`: the folder of a run that was never trained, but whose weights are lively."""
+
+    def made(*words: str) -> Run:
+        cfg = configure(*SMALL, *words)
+        run = Run(tmp_path / "small")
+        model = build.model(cfg)
+        for seed, part in enumerate((model.vision, model.projector, model.language)):
+            lively(part, seed)
+        save_checkpoint(model, run.folder / "finetune")
+        (run.folder / "finetune" / "stage.json").write_text("{}")
+        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), run.folder / "config.yaml")
+        return run
+
+    return made
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()

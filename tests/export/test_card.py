@@ -28,6 +28,7 @@ def about(**changes):
             "language": {"name": "it's a run-q4_k.gguf", "bytes": 105_453_824, "sha256": "ab" * 32},
             "mmproj": {"name": "mmproj.gguf", "bytes": 41_620_096, "sha256": "cd" * 32},
         },
+        "from": {"run": {"commit": "abc"}},
         "proven": True,
         "needs a mended llama.cpp": False,
         "engine": "xllamacpp 1",
@@ -65,7 +66,7 @@ def test_the_script_is_one(tmp_path, mend):
     script.write_text(jetson(about(**{"needs a mended llama.cpp": mend})))
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()
-    assert "this script was not run" in text and (PATCH in text) == mend
+    assert "Never run on an Orin" in text and (PATCH in text) == mend
     assert "CMAKE_CUDA_ARCHITECTURES=87" in text
 
 
@@ -74,8 +75,9 @@ def test_the_script_asks_what_it_is_asked(tmp_path):
     """With a pretended llama.cpp: names with quotes and spaces arrive whole, a file of another content stops it."""
     programs = tmp_path / "llama" / "build" / "bin"
     programs.mkdir(parents=True)
-    (programs / "llama-mtmd-cli").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (programs / "llama-mtmd-cli").chmod(0o755)
+    for name in ("llama-mtmd-cli", "llama-server"):
+        (programs / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (programs / name).chmod(0o755)
     told = about()
     for file in told["files"].values():
         (tmp_path / file["name"]).write_text("x")
@@ -93,6 +95,10 @@ def test_the_script_asks_what_it_is_asked(tmp_path):
         "-m", "it's a run-q4_k.gguf", "--mmproj", "mmproj.gguf", "--jinja", "--temp", "0", "-c", "4096",
         "--image", "my cat.png", "-p", "What's this?", "-ngl", "99",
     ]  # fmt: skip
+    served = call("serve").stdout.splitlines()
+    assert served[served.index("--host") + 1] == "127.0.0.1", "this device alone, unless told otherwise"
+    assert served[:4] == ["-m", "it's a run-q4_k.gguf", "--mmproj", "mmproj.gguf"]
+    assert call("speed").returncode == 1 and call("speed", "no such picture").returncode == 1
     usage = call()
     assert usage.returncode == 2 and usage.stdout.count("./jetson.sh") == 3
     (tmp_path / "mmproj.gguf").write_text("y")

@@ -53,7 +53,7 @@ def test_the_end_of_an_answer_is_among_its_ids(engine, bench, tmp_path):
     with torch.no_grad():
         talker.lm_head.weight[2] *= 3  # the end is the likeliest word every now and then
     ends = bench.with_model(small(language=talker))
-    said = list(far.ask(*ends.write(tmp_path), [ask for ask, _ in ends.gate().asked], limit=12))
+    said = list(far.Engine().ask(*ends.write(tmp_path), [ask for ask, _ in ends.gate().asked], limit=12))
     ended = [one for one in said if one.stopped]
     assert len(ended) > 0 and all(one.ids[-1] in (0, 2) for one in ended)
     assert all(one.ids[-1] not in (0, 2) and len(one.ids) == 12 for one in said if not one.stopped)
@@ -64,7 +64,7 @@ def test_a_quantised_file_is_held_against_its_own_weights(engine, bench, tmp_pat
     language, mmproj = own.write(tmp_path)
     held = own.gate()
     whole = held.check(language, mmproj)
-    far.quantise(language, tmp_path / "q4.gguf", "q4_0")
+    far.Engine().quantise(language, tmp_path / "q4.gguf", "q4_0")
     less = held.check(tmp_path / "q4.gguf", mmproj, "q4_0")
     assert whole.passed and less.passed, less.faults
     assert less.run.first_logprob > 2 * less.file.first_logprob, "4 bits change this model, and that is told"
@@ -187,6 +187,27 @@ def test_near_ties_are_told_and_clear_ones_are_faults(bench):
     assert len(parity.faults) == 1 and parity.faults[0].startswith(
         "question 2 parts at token 1, where PyTorch leads by 1.000"
     )
+
+
+def test_past_a_tie_the_answers_are_compared_to_their_ends(bench):
+    """llama.cpp takes the second of two equal ids, and after it what PyTorch says then: no fault. Or something else: a fault."""
+    held = bench.gate()
+    ours = [held._answer(question) for question in range(2)]
+    second = [int(our.logprobs[1].topk(2).indices[1]) for our in ours]
+    ours = [Answer(our.ids, our.logprobs.clone()) for our in ours]
+    for our, other in zip(ours, second, strict=True):  # made equal
+        our.logprobs[1, other] = our.logprobs[1].max()
+    then = [
+        held._answer(number, [our.ids[0], other]) for number, (our, other) in enumerate(zip(ours, second, strict=True))
+    ]
+    assert all(after.ids[:2] == [our.ids[0], other] for after, our, other in zip(then, ours, second, strict=True))
+    worst = int(then[1].logprobs[2].argmin())
+    told = [then[0].ids, [*then[1].ids[:2], worst, *then[1].ids[3:]]]
+    said = [far.Said(ids, False, [None] * len(ids), [], "") for ids in told]
+    found = held.agreement(ours, said, past_ties=True)
+    assert [(p.question, p.step, p.tie) for p in found.partings] == [(0, 1, True), (1, 1, True), (1, 2, False)]
+    assert len(held.agreement(ours, said).partings) == 2, "a quantised file's answers are compared up to their parting"
+    assert found.as_dict()["same"] == 0
 
 
 def test_not_a_number_does_not_pass(bench):

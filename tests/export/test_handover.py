@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import torch
 
 from mvlm import build, score
 from mvlm.benchmark.evaluate import evaluate
+from mvlm.export import container, handover, vision
 from mvlm.export import engine as far
-from mvlm.export import handover, vision
 from mvlm.export.class_token import has_class_token
-from mvlm.model.checkpoint import save_checkpoint
-from mvlm.run import Run, file_hash, write_json
+from mvlm.run import file_hash, write_json
 
-from .conftest import REFERENCE, lively
+from .conftest import REFERENCE, names
 
 ROOT = Path(__file__).parents[2]
-
-SMALL = (
-    "model=nano", "model.grid=24", "model.module.vision.image_size=96", "+model.module.vision.patch_size=4",
-    "+model.module.vision.mlp_ratio=3", "model.pictures.size=96", "model.module.language.config.tie_word_embeddings=false",
-)  # fmt: skip
-"""The nano model on the grid that llama.cpp asks for."""
-
-
-@pytest.fixture
-def run_of(configure, tmp_path):
-    """`run_of("projector=pw2")`: the folder of a run that was never trained, but whose weights are lively."""
-
-    def made(*words: str) -> Run:
-        cfg = configure(*SMALL, *words)
-        run = Run(tmp_path / "small")
-        model = build.model(cfg)
-        for seed, part in enumerate((model.vision, model.projector, model.language)):
-            lively(part, seed)
-        save_checkpoint(model, run.folder / "finetune")
-        (run.folder / "finetune" / "stage.json").write_text("{}")
-        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), run.folder / "config.yaml")
-        return run
-
-    return made
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def test_a_run_becomes_a_folder(engine, configure, run_of):
@@ -72,7 +45,7 @@ def test_a_run_becomes_a_folder(engine, configure, run_of):
     assert about["matrices"] == {"Q4_0": 15, "Q8_0": 1}
     vision.check_file(out / files["mmproj"], out / files["language"])
     card = (out / "README.md").read_text()
-    assert "| q4_0 |" in card and "has not been run" in card and about["files"]["language"]["sha256"][:16] in card
+    assert "| q4_0 |" in card and "never run on an Orin" in card and about["files"]["language"]["sha256"][:16] in card
     subprocess.run(["bash", "-n", out / "jetson.sh"], check=True)
     # A second time: the old folder is replaced as a whole.
     (out / "old").touch()
@@ -135,18 +108,20 @@ def test_words_that_make_no_sense(configure, tmp_path, words, told):
 
 
 def test_a_class_token_is_told_on_the_files(engine, configure, run_of, capsys):
-    """Whichever order the build at hand has: a file that it can't run says so in its name, on its card and in its script."""
+    """Whichever order the build at hand has: most can't run these files, which say so in their names, on the card and in the script."""
     run = run_of("model.module.vision.class_token=true")
     assert has_class_token(build.trained(run).vision)
     out = handover.export(configure(f"run={run.folder}", page="export"))
     about = json.loads((out / "manifest.json").read_text())
     (order,) = {parity["class_token"] for parity in about["parity"]}
-    mend = order == "misordered"
-    assert about["needs a mended llama.cpp"] == mend and order in ("faithful", "misordered")
-    assert about["files"]["mmproj"]["name"].endswith("f16.needs-mended-llama.cpp.gguf" if mend else "f16.gguf")
-    assert ("Not for a llama.cpp as it comes" in (out / "README.md").read_text()) == mend
-    assert ("sed -i" in (out / "jetson.sh").read_text()) == mend
-    assert ("misplaces the class token" in capsys.readouterr().out) == mend
+    assert about["needs a mended llama.cpp"] and order in ("faithful", "misordered")
+    assert about["files"]["mmproj"]["name"].endswith("f16.needs-mended-llama.cpp.gguf")
+    card = (out / "README.md").read_text()
+    assert "Not for a llama.cpp as it comes" in card and ("proven with one that orders rightly" in card) == (
+        order == "faithful"
+    )
+    assert "sed -i" in (out / "jetson.sh").read_text()
+    assert ("misplaces the class token" in capsys.readouterr().out) == (order == "misordered")
 
 
 @pytest.mark.parametrize(
@@ -167,14 +142,14 @@ def test_a_released_checkpoint(engine, configure, tmp_path, monkeypatch, kind):
 def test_scores_stand_beside_the_runs(engine, configure, run_of):
     """A float16 file answers as PyTorch does, question by question, so the scores are the same."""
     run = run_of()
-    cfg = configure(f"run={run.folder}", "benchmark=[gqa,pope]", "scores=true", page="export")
+    cfg = configure(f"run={run.folder}", "benchmark=[gqa,pope]", "scores=true", "max_new_tokens=4", page="export")
     about = json.loads((handover.export(cfg) / "manifest.json").read_text())
     assert all(row["pytorch"] is None for row in about["scores"]["benchmarks"].values()), "not measured yet"
     files, words = build.corpus(run.config), build.tokenizer(run.config)
     found = score.benchmarks(cfg.benchmark, files.benchmarks)
     model = build.trained(run)
     results = evaluate(
-        model, found, run.folder / "answers", max_new_tokens=32, **build.asking(run.config, words, lambda: model)
+        model, found, run.folder / "answers", max_new_tokens=4, **build.asking(run.config, words, lambda: model)
     )
     write_json(
         run.folder / "results.json", results | {"questions": {b.name: score.fingerprint(b.questions()) for b in found}}
@@ -190,7 +165,7 @@ def test_scores_stand_beside_the_runs(engine, configure, run_of):
         )
         same += sum(a["text"] == b["text"] for a, b in zip(ours, theirs, strict=True))
         total += len(ours)
-    assert same / total > 0.8, "a lively model has near ties in a long answer, and no more than that"
+    assert same / total > 0.9, "random weights waver between two tokens now and then, and no more than that"
 
 
 @pytest.mark.slow
@@ -203,3 +178,96 @@ def test_the_command(engine, configure, run_of, nano_cache):
     assert "passed" in done.stdout and "q8_0" in done.stdout
     done = subprocess.run([*command, "quant=q9"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: quant=q9: there is no such type")
+
+
+# ------------------------------------------------------------------------------------------------ whole or not at all
+
+
+def test_a_format_is_a_file(configure, tmp_path):
+    with pytest.raises(ValueError, match=r"format=gguff: there is no such format \(there are: gguf, onnx, released\)"):
+        handover.export(configure(f"run={tmp_path}", "format=gguff", page="export"))
+
+
+def test_what_is_no_export_is_not_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is there and no export"), handover.aside(tmp_path / "mine", 0):
+        pytest.fail("was filled")
+    assert names(tmp_path) == {"mine"} and names(tmp_path / "mine") == {"thesis.tex"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no such thing")])
+def test_what_fails_leaves_the_earlier_export(tmp_path, error):
+    for text in ("first", "second"):
+        with handover.aside(tmp_path / "out", 0) as folder:
+            assert names(folder) == set()
+            (folder / "manifest.json").write_text(text)
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "half").touch()  # of an export that was killed
+    with pytest.raises(type(error)), handover.aside(tmp_path / "out", 0) as folder:
+        assert names(folder) == set()
+        (folder / "manifest.json").write_text("third")
+        raise error
+    assert names(tmp_path) == {"out"} and (tmp_path / "out" / "manifest.json").read_text() == "second"
+
+
+ONNX = pytest.param(
+    ("gate=false", "format=onnx"), marks=pytest.mark.skipif(not find_spec("onnxscript"), reason="no onnxscript here")
+)
+
+
+def free(count: int):
+    return lambda path: shutil._ntuple_diskusage(10**12, 10**12 - count, count)
+
+
+@pytest.mark.parametrize("words", [("gate=false",), ONNX, ("format=released",)])
+def test_too_small_a_disk_is_told_before_anything_is_written(configure, run_of, monkeypatch, words):
+    run = run_of()
+    monkeypatch.setattr(shutil, "disk_usage", free(10**6))
+    with pytest.raises(ValueError, match=r"takes about 0.02 GB while it is made and 0.00 GB are free there: make room"):
+        handover.export(configure(f"run={run.folder}", *words, page="export"))
+    assert names(run.folder) == {"config.yaml", "finetune"}
+
+
+@pytest.mark.parametrize("words", [("gate=false",), ("format=released",)])
+def test_what_is_written_is_no_more_than_was_said(configure, run_of, monkeypatch, words):
+    """What is needed is checked against what came to lie there, so that the check before can be believed."""
+    said, true = [], handover.aside
+    monkeypatch.setattr(handover, "aside", lambda out, needed: said.append(needed) or true(out, needed))
+    out = handover.export(configure(f"run={run_of().folder}", *words, page="export"))
+    written = sum(path.stat().st_size for path in out.iterdir())
+    assert 0.7 * said[0] < written < said[0] + handover.SMALL
+
+
+FAR = "xllamacpp 1 ended with code 1 over quantise: [Errno 28] No space left on device"
+NUMPY = "884736 requested and 483584 written"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError(NUMPY), far.EngineError(FAR)], ids=str
+)
+def test_a_disk_that_fills_up_meanwhile(tmp_path, error):
+    told = pytest.raises(ValueError, match=r"the disk is full.*takes about 3.02 GB .* are free there")
+    with told, handover.aside(tmp_path / "out", 3 * 10**9) as folder:
+        (folder / "half").write_bytes(b"half")
+        raise error
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "words, writer",
+    [
+        (("gate=false",), (container.gguf.GGUFWriter, "write_tensor_data")),
+        pytest.param(*ONNX.values, (torch.onnx, "export"), marks=ONNX.marks),
+        (("format=released",), (shutil, "copyfile")),
+    ],
+)
+def test_whoever_writes_when_the_disk_is_full(configure, run_of, monkeypatch, words, writer):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = run_of()
+    monkeypatch.setattr(*writer, full)
+    with pytest.raises(ValueError, match=r"the disk is full, nothing is kept"):
+        handover.export(configure(f"run={run.folder}", *words, page="export"))
+    assert not any(path.is_file() for name in ("gguf", "onnx", "released") for path in run.folder.rglob(f"{name}*/**"))

@@ -50,7 +50,7 @@ def test_a_file_with_fewer_bits(engine, bench, tmp_path, quant, most):
     steps of an eighth of a block's largest: an error of about 0.29 steps a weight)."""
     model = llama(hidden_size=256, intermediate_size=512, num_hidden_layers=3)
     language.write(tmp_path / "f16.gguf", model, "small", tokenizer.vocabulary(bench.words, bench.words_folder, 259))
-    counts = far.quantise(tmp_path / "f16.gguf", tmp_path / "q.gguf", quant)
+    counts = far.Engine().quantise(tmp_path / "f16.gguf", tmp_path / "q.gguf", quant)
     whole, less = Opened(tmp_path / "f16.gguf"), Opened(tmp_path / "q.gguf")
     assert whole.names() == less.names() and sum(counts.values()) == 23
     for key in ("llama.rope.freq_base", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "llama.block_count"):
@@ -66,3 +66,12 @@ def test_a_file_with_fewer_bits(engine, bench, tmp_path, quant, most):
         rows = whole.value("blk.0.attn_q.weight").numpy()
         ours = [t.data for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors if t.name == "blk.0.attn_q.weight"]
         assert np.array_equal(gguf.quantize(rows, Q.Q8_0), ours[0])
+
+
+def test_threads_make_the_same_bytes(engine, bench, tmp_path):
+    """Also where they do not divide the rows: 64, 160 and 259 by 3."""
+    vocabulary = tokenizer.vocabulary(bench.words, bench.words_folder, 259)
+    language.write(tmp_path / "f16.gguf", bench.model.language, "small", vocabulary)
+    counts = [far.Engine(threads=n).quantise(tmp_path / "f16.gguf", tmp_path / f"{n}.gguf", "q4_0") for n in (1, 3)]
+    assert counts[0] == counts[1]
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()

@@ -213,3 +213,16 @@ def test_files_that_would_end_llama_cpp_are_not_opened(bench, tmp_path, name):
 def test_our_own_files_are_opened(bench, tmp_path, name):
     language, mmproj = bench.with_model(small(PROJECTORS[name][0])).write(tmp_path)
     vision.check_file(mmproj, language)
+
+
+def test_files_of_two_exports_are_told(bench, tmp_path):
+    """Of one shape, so that llama.cpp would run them."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        mark = {vision.WEIGHTS: name * 64}
+        bench.write(tmp_path / name, vision_table=lambda t, m=mark: t | m, language_table=lambda t, m=mark: t | m)
+    vision.check_file(tmp_path / "a" / "mmproj.gguf", tmp_path / "a" / "language.gguf")
+    with pytest.raises(
+        ValueError, match=r"mmproj.gguf and language.gguf were exported from different weights \(a{12} and b{12}\)"
+    ):
+        vision.check_file(tmp_path / "a" / "mmproj.gguf", tmp_path / "b" / "language.gguf")

@@ -47,6 +47,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def file_table(files: dict[str, dict[str, Any]]) -> str:
+    """A manifest's files."""
+
+    def size(count: int) -> str:
+        return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+    rows = [[f"`{f['name']}`", size(f["bytes"]), f"`{f['sha256'][:16]}`"] for f in files.values()]
+    return table(["file", "size", "SHA-256"], rows)
+
+
 def card(about: dict[str, Any], titles: dict[str, str]) -> str:
     """README.md of the folder.
 
@@ -55,23 +65,41 @@ def card(about: dict[str, Any], titles: dict[str, str]) -> str:
         titles: of the benchmarks.
     """
     files, projector = about["files"], about["projector"]
-    rows = [[f"`{f['name']}`", f"{f['bytes'] / 1e6:,.1f} MB", f"`{f['sha256'][:16]}`"] for f in files.values()]
     parts = [
         f"# {about['name']} for llama.cpp, {about['quant']}",
         f"A small vision-language model: the tower `{about['tower']['name']}`, the projector `{projector['type']}` "
         f"(`{projector['in llama.cpp']}` in llama.cpp; {projector['image tokens']} tokens a picture) and a LLaMA. "
-        "Trained and exported by mvlm; `manifest.json` has all hashes, versions and the configuration.",
-        table(["file", "size", "SHA-256"], rows),
+        f"{origin(about)} `manifest.json` has all hashes, versions and the configuration.",
+        file_table(files),
         "## Run it\n\n```\n" + ask_command(about, "cat.png", "'What is this?'") + "\n```",
-        "On a Jetson Orin: `./jetson.sh`, which builds llama.cpp there. That script has not been run.",
+        "On a Jetson Orin: `./jetson.sh`, which builds llama.cpp there. It was never "
+        "run on an Orin; its commands were, with a llama.cpp for x86 processors.",
         "## Parity\n\n" + _parity(about),
         "## Scores\n\n" + _scores(about, titles),
     ]
     if about["needs a mended llama.cpp"]:
-        parts.insert(2, f"**Not for a llama.cpp as it comes.** {about['engine']} misplaces the class token. {CURE}")
+        parts.insert(2, _mend(about))
     if about["notes"]:
         parts.append("## To know\n\n" + "\n".join(f"- {note}" for note in about["notes"]))
     return "\n\n".join(parts) + "\n"
+
+
+def origin(about: dict[str, Any]) -> str:
+    """Who trained it, as far as is known."""
+    return "Trained and exported by mvlm;" if about["from"]["run"] else "A released checkpoint, exported by mvlm;"
+
+
+def _mend(about: dict[str, Any]) -> str:
+    """What is told of a tower with a class token."""
+    told = f"**Not for a llama.cpp as it comes:** up to build {BUILD} at least it misplaces the class token. {CURE} "
+    if not about["proven"]:
+        return told.strip()
+    if about["parity"][0]["class_token"] == "faithful":
+        return told + f"These files were proven with one that orders rightly, {about['engine']}."
+    return told + (
+        f"{about['engine']} is one that does not order rightly: there the files were compared with PyTorch computing in the same wrong "
+        "order, so what is stored is right, and nothing was run in the right order."
+    )
 
 
 def _parity(about: dict[str, Any]) -> str:
@@ -109,20 +137,47 @@ def _names(about: dict[str, Any]) -> list[str]:
     return [shlex.quote(about["files"][role]["name"]) for role in ("language", "mmproj")]
 
 
+SPEED = """import base64, json, sys, time, urllib.request
+
+ask = urllib.request.Request("http://127.0.0.1:8089/v1/chat/completions", headers={"Content-Type": "application/json"})
+picture = "data:image/any;base64," + base64.b64encode(open(sys.argv[1], "rb").read()).decode()
+content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "Describe the picture."}]
+how = {"messages": [{"role": "user", "content": content}], "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+for attempt in range(600):
+    try:
+        urllib.request.urlopen("http://127.0.0.1:8089/health")
+        break
+    except OSError:  # it is still loading
+        time.sleep(1)
+else:
+    sys.exit("llama-server did not start: see server.log")
+for count in (8, 256, 256, 256):  # the first warms up
+    with urllib.request.urlopen(ask, json.dumps({**how, "max_tokens": count}).encode()) as answer:
+        took = json.load(answer)["timings"]
+    if took["predicted_n"] != count or took["cache_n"]:
+        sys.exit(f"not the request that was asked for: {took}")
+    total = (took["prompt_ms"] + took["predicted_ms"]) / 1000
+    if count == 256:
+        print(f"picture and prompt {took['prompt_ms']:.0f} ms, decode {1000 * 255 / took['predicted_ms']:.1f} tokens/s, "
+              f"T_total {total:.2f} s, Eval_avg {256 / total:.2f} tokens/s", flush=True)
+"""
+"""The script's measurement, for any Python 3: Table 5's columns by the server's own clock."""
+
+
 def jetson(about: dict[str, Any]) -> str:
     """The script for the device."""
     llm, mmproj = _names(about)
     sums = "\n".join(f"{file['sha256']}  {file['name']}" for file in about["files"].values())
     mend = f"\n    {PATCH}  # the class token" if about["needs a mended llama.cpp"] else ""
-    context = about["context"]
     ask = ask_command(about, '"$2"', '"$3"', '"$bin/llama-mtmd-cli"')
+    serve = f'"$bin/llama-server" -m {llm} --mmproj {mmproj} --jinja --parallel 1 -c {about["context"]} -ngl 99'
     return f"""#!/usr/bin/env bash
 # {about["name"]}, {about["quant"]}, on a Jetson Orin (CUDA, compute capability 8.7).
-# Written where there is no Orin: the files were compared with PyTorch on a processor, this script was not run.
+# Never run on an Orin: there was none. Its commands were, with a llama.cpp built for an x86 processor.
 #
 #   ./jetson.sh ask cat.png "What is this?"     one answer
-#   ./jetson.sh serve                           llama.cpp's server and its page, on port 8080
-#   ./jetson.sh speed                           tokens a second of the language model
+#   ./jetson.sh serve                           llama.cpp's server and its page, on port 8080 of this device alone (HOST=0.0.0.0: for all)
+#   ./jetson.sh speed cat.png                   seconds for the picture and 256 tokens, as in Table 5 of the MobileVLM V2 paper
 #
 # LLAMA_CPP=<folder> takes a llama.cpp that is there; else build {BUILD} is fetched and built, once.
 set -euo pipefail
@@ -132,15 +187,21 @@ bin=$llama/build/bin
 if [ ! -x "$bin/llama-mtmd-cli" ]; then
     [ -d "$llama" ] || git clone --depth 1 --branch {BUILD} https://github.com/ggml-org/llama.cpp "$llama"{mend}
     cmake -S "$llama" -B "$llama/build" -DCMAKE_BUILD_TYPE=Release -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=87
-    cmake --build "$llama/build" -j "$(nproc)" --target llama-mtmd-cli llama-server llama-bench
+    cmake --build "$llama/build" -j "$(nproc)" --target llama-mtmd-cli llama-server
 fi
 sha256sum --quiet --check <<'END'
 {sums}
 END
 case ${{1:-}} in
     ask) {ask} -ngl 99 ;;
-    serve) "$bin/llama-server" -m {llm} --mmproj {mmproj} --jinja -c {context} -ngl 99 --host 0.0.0.0 --port 8080 ;;
-    speed) "$bin/llama-bench" -m {llm} -ngl 99 -p 256 -n 256 ;;
-    *) sed -n '4,8p' "$0" && exit 2 ;;
+    serve) {serve} --port 8080 --host "${{HOST:-127.0.0.1}}" ;;
+    speed)
+        test -r "${{2:?speed needs a picture}}"
+        {serve} --port 8089 --host 127.0.0.1 >server.log 2>&1 &
+        trap 'kill %1' EXIT
+        python3 - "$2" <<'END'
+{SPEED}END
+        ;;
+    *) sed -n '4,7p' "$0" && exit 2 ;;
 esac
 """

@@ -1,7 +1,8 @@
 """The parity gate: llama.cpp beside PyTorch on fixed pictures and questions, before a file gets its name.
 
 Compared are image embeddings, the ids of the prompt, the prompt that llama.cpp's chat writes, log-probabilities and greedy
-tokens. A float16 file must give PyTorch's tokens, question by question. PyTorch computes in float32 with the run's weights; a
+tokens. A float16 file must give PyTorch's tokens, question by question and to the end: past a near tie, PyTorch is asked what it
+says after llama.cpp's words. PyTorch computes in float32 with the run's weights; a
 quantised file is held against PyTorch with the file's own, dequantised weights, and how far it is from the run's is told.
 """
 
@@ -25,10 +26,9 @@ from mvlm.batch import IMAGE_TOKEN
 from mvlm.data.image import Pictures
 from mvlm.data.prompt import IMAGE_TAG, Template
 from mvlm.data.tokenizer import Tokenizer
-from mvlm.export import engine
 from mvlm.export.class_token import has_class_token, misordered
 from mvlm.export.container import Opened
-from mvlm.export.engine import MARKER, Ask, Said
+from mvlm.export.engine import MARKER, Ask, Engine, Said
 from mvlm.export.language import read_back
 from mvlm.model.mobilevlm import MobileVLM
 
@@ -49,7 +49,8 @@ QUANTISED = 0.5
 """The same at the first token of a quantised file, whose products also round what comes in to 8 bits. 0.29 was seen."""
 
 NEAR_TIE = 0.05
-"""Where PyTorch's two likeliest ids are closer than this, either may come first: such a place is told, and is no fault."""
+"""Where llama.cpp takes an id that PyTorch finds less likely by no more than this, in log-probability, it is told and no fault:
+float16 moves a log-probability as much as that (LOGPROB)."""
 
 TOKENS = 32
 """Length of an answer that is compared."""
@@ -135,19 +136,27 @@ def tanh_gelu(model: MobileVLM) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def answer(model: MobileVLM, ids: Sequence[int], seen: Tensor | None, stop: set[int], limit: int) -> Answer:
+def answer(
+    model: MobileVLM,
+    ids: Sequence[int],
+    seen: Tensor | None,
+    stop: set[int],
+    limit: int,
+    begun: Sequence[int] = (),
+) -> Answer:
     """PyTorch's greedy answer.
 
     Args:
         ids: of the prompt.
         seen: (M, D), the picture.
+        begun: ids that the answer begins with, likely or not.
     """
     cache, said, steps = DynamicCache(), [], []
     embedded = model.embed(torch.tensor([ids]), None if seen is None else seen[None])
     while not said or (said[-1] not in stop and len(said) < limit):
         hidden = model.language.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state
         steps.append(model.language.lm_head(hidden[0, -1]).log_softmax(-1))
-        said.append(int(steps[-1].argmax()))
+        said.append(begun[len(said)] if len(said) < len(begun) else int(steps[-1].argmax()))
         embedded = model.embed(torch.tensor([said[-1:]]))
     return Answer(said, torch.stack(steps))
 
@@ -161,9 +170,14 @@ class Parting(NamedTuple):
     question: int
     step: int
     lead: float
-    """Of PyTorch's likeliest id over its second, in log-probability."""
+    """Of PyTorch's likeliest id over the one that llama.cpp took, in log-probability; infinite where one of them ended."""
     ours: list[int]
     theirs: list[int]
+
+    @property
+    def tie(self) -> bool:
+        """Whether either id may come first."""
+        return self.lead <= NEAR_TIE
 
 
 @dataclass(frozen=True)
@@ -172,7 +186,7 @@ class Agreement:
 
     questions: int
     partings: list[Parting]
-    """One for each question whose tokens are not all the same."""
+    """The first of each question whose tokens are not all the same, and after a tie, where a float16 file is compared, the next."""
     tokens: float
     """Share of PyTorch's tokens before the answers part."""
     first_logprob: float
@@ -183,7 +197,7 @@ class Agreement:
     def as_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
         return vars(self) | {
-            "same": self.questions - len(self.partings),
+            "same": self.questions - len({p.question for p in self.partings}),
             "partings": [{"question": p.question + 1, "token": p.step + 1, "lead": p.lead} for p in self.partings],
         }
 
@@ -205,7 +219,7 @@ class Parity:
     run: Agreement | None = None
     """With PyTorch on the run's weights."""
     ties: list[str] = field(default_factory=list)
-    """Questions that part at a near tie."""
+    """Places where answers part at a near tie."""
     faults: list[str] = field(default_factory=list)
     """What differs and must not."""
 
@@ -227,13 +241,20 @@ class Gate:
 
     Args:
         model: in float32 on the CPU. A quantised file's weights are read into it.
+        engine: what runs the files; the package if None.
         progress: called with a title and how many; gives back what is called after each.
     """
 
     def __init__(
-        self, model: MobileVLM, words: Tokenizer, talk: Template, look: Pictures, threads: int = 1, progress: Any = None
+        self,
+        model: MobileVLM,
+        words: Tokenizer,
+        talk: Template,
+        look: Pictures,
+        engine: Engine | None = None,
+        progress: Any = None,
     ) -> None:
-        self.model, self.words, self.talk, self.look, self.threads = model.eval(), words, talk, look, threads
+        self.model, self.words, self.talk, self.look, self.engine = model.eval(), words, talk, look, engine or Engine()
         self.progress = progress or (lambda title, count: lambda: None)
         self.stop = talk.stop_ids(words)
         self.files = [shown(look, Image.open(BytesIO(file))) for file in pictures(look.size)]
@@ -252,13 +273,13 @@ class Gate:
         ours = self.answers(f"PyTorch, {quant}")
         self.of_the_run = self.of_the_run or ours
         step, said = self.progress(f"llama.cpp, {quant}", len(self.asked)), []
-        how = {"limit": TOKENS, "context": context(self.model), "threads": self.threads}
-        for one in engine.ask(language, mmproj, [ask for ask, _ in self.asked], **how):
+        how = {"limit": TOKENS, "context": context(self.model)}
+        for one in self.engine.ask(language, mmproj, [ask for ask, _ in self.asked], **how):
             said.append(one)
             step()
         for number, ((ask, _), one) in enumerate(zip(self.asked, said, strict=True), 1):
             parity.faults += [f"question {number}: {fault}" for fault in self._prompt_faults(ask, one)]
-        parity.file = self.agreement(ours, said)
+        parity.file = self.agreement(ours, said, past_ties=quant == "f16")
         parity.run = parity.file if quant == "f16" else self.agreement(self.of_the_run, said)
         self._judge(parity)
         return parity
@@ -266,7 +287,7 @@ class Gate:
     def check_embeddings(self, language: Path, mmproj: Path) -> Parity:
         """The image embeddings of a pair of files, and the order in which this build of llama.cpp computes a class token."""
         tower = self.model.vision
-        theirs = engine.look(language, mmproj, self.files, threads=self.threads)
+        theirs = self.engine.look(language, mmproj, self.files)
         with tanh_gelu(self.model):
             errors = apart(theirs, embeddings(self.model, self.look, self.files))
         if has_class_token(tower) and _too_far(errors):
@@ -284,25 +305,34 @@ class Gate:
     def answers(self, title: str) -> list[Answer]:
         """PyTorch's, with the language model's weights as they are now."""
         step, found = self.progress(title, len(self.asked)), []
-        for ask, number in self.asked:
-            ids = self.talk.prompt(
-                ask.question, self.words, image_tokens=self.model.image_tokens, has_image=number is not None
-            )
-            found.append(answer(self.model, ids, None if number is None else self.seen[number], self.stop, TOKENS))
+        for question in range(len(self.asked)):
+            found.append(self._answer(question))
             step()
         return found
 
-    def agreement(self, ours: Sequence[Answer], theirs: Sequence[Said]) -> Agreement:
-        """Over all questions."""
+    def _answer(self, question: int, begun: Sequence[int] = ()) -> Answer:
+        ask, number = self.asked[question]
+        seen, count = None if number is None else self.seen[number], self.model.image_tokens
+        ids = self.talk.prompt(ask.question, self.words, image_tokens=count, has_image=number is not None)
+        return answer(self.model, ids, seen, self.stop, TOKENS, begun)
+
+    def agreement(self, ours: Sequence[Answer], theirs: Sequence[Said], past_ties: bool = False) -> Agreement:
+        """Over all questions.
+
+        Args:
+            past_ties: whether an answer that parts at a tie is compared further, PyTorch going on from llama.cpp's words.
+        """
         partings, drifts, matched = [], [], 0
         for number, (our, said) in enumerate(zip(ours, theirs, strict=True)):
             common = shared(our.ids, said.ids)
             matched += len(our.ids) if said.stopped and common == len(said.ids) else common
             drifts.append(drift(our, said, common))
-            # llama.cpp also ends at other special tokens, such as <|endoftext|>, where our loop goes on and shows nothing
-            if common < max(len(said.ids), 0 if said.stopped else len(our.ids)):
-                best, second = our.logprobs[min(common, len(our.ids) - 1)].topk(2).values.tolist()
-                partings.append(Parting(number, common, best - second, our.ids, said.ids))
+            while parting := _parted(number, our, said):
+                partings.append(parting)
+                if not (past_ties and parting.tie):
+                    break
+                our = self._answer(number, said.ids[: parting.step + 1])
+                drifts[-1] = [drifts[-1][0], *drift(our, said, shared(our.ids, said.ids))]
         total = sum(len(our.ids) for our in ours)
         first, every = (float(np.max(some)) for some in ([one[0] for one in drifts], np.concatenate(drifts)))
         return Agreement(len(ours), partings, matched / max(total, 1), first, every)
@@ -311,7 +341,7 @@ class Gate:
         exact = parity.quant == "f16"
         for parting in parity.file.partings if exact else []:
             where = f"question {parting.question + 1} parts at token {parting.step + 1}, where PyTorch leads by {parting.lead:.3f}"
-            if parting.lead <= NEAR_TIE:
+            if parting.tie:
                 parity.ties.append(where)
             else:
                 ours, theirs = (self.words.decode(ids) for ids in (parting.ours, parting.theirs))
@@ -327,6 +357,18 @@ class Gate:
             yield f"llama.cpp tokenises the prompt to {theirs}, we to {ours}"
         if said.chat != ask.prompt:
             yield f"llama.cpp's chat writes {said.chat!r}, our prompt is {ask.prompt!r}"
+
+
+def _parted(question: int, our: Answer, said: Said) -> Parting | None:
+    """Where an answer of llama.cpp's leaves ours, if it does."""
+    step = shared(our.ids, said.ids)
+    # llama.cpp also ends at other special tokens, such as <|endoftext|>, where our loop goes on and shows nothing
+    if step >= max(len(said.ids), 0 if said.stopped else len(our.ids)):
+        return None
+    lead = math.inf
+    if step < min(len(our.ids), len(said.ids)):
+        lead = float(our.logprobs[step, our.ids[step]] - our.logprobs[step, said.ids[step]])
+    return Parting(question, step, lead, our.ids, said.ids)
 
 
 def context(model: MobileVLM) -> int:

@@ -1,39 +1,44 @@
-"""The folder that goes to the device: both files, manifest, card and script. Made aside, and named when all is whole and
-proven."""
+"""What is exported, and the folder that it becomes: made aside, and named when all is whole and proven. What goes into it is
+a file of `format/`."""
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mvlm.build import STAGES
 from mvlm.chat import Chat
-from mvlm.data.tokenizer import SentencePieceTokenizer
-from mvlm.export import class_token, engine, language, scores, tokenizer, vision
-from mvlm.export.card import HEAD, card, jetson, parity_row, score_rows
-from mvlm.export.gate import Gate, Parity, context
-from mvlm.export.quantise import FILE_TYPES
+from mvlm.export import format as formats
 from mvlm.model.files import read_config
 from mvlm.model.names import projector_type
-from mvlm.run import Run, file_hash, manifest, write_json
-from mvlm.score import TITLES
+from mvlm.run import Run, file_hash, manifest
 
-QUANTS = ("f16", *FILE_TYPES)
+SMALL = 2**24
+"""Bytes for vocabularies, graphs and cards: what is not weights."""
+
+FULL = re.compile(
+    rf"{os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)}|Not enough free space to write|\d+ requested and \d+ written"
+)
+"""How a full disk is told: by the system (other processes pass its words on), and by numpy, which gives no number of an error."""
 
 
 class Unproven(ValueError):
-    """The gate did not pass."""
+    """What was written does not compute what PyTorch does."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Source:
             ValueError: it is neither.
         """
         folder = Path(folder)
-        if (folder.parent / "config.yaml").exists():  # a stage's folder inside a run folder
+        if folder.name in STAGES and (folder.parent / "config.yaml").exists():  # inside a run folder
             folder = folder.parent
         chat, name = Chat.open(folder), folder.resolve().name
         if not (folder / "config.yaml").exists():
@@ -71,177 +76,62 @@ class Source:
         """The folder of the weights."""
         return self.run.last_stage() if self.run else self.folder
 
-    def notes(self, quant: str) -> list[str]:
-        """What somebody who runs the files must know."""
-        model, look, words, told = self.chat.model, self.chat.pictures, self.chat.words, []
-        if look.mode != "letterbox":
-            told.append(
-                f"Trained on pictures of mode {look.mode}, and llama.cpp fits them otherwise (it resizes first, then pads with "
-                f"a grey of its own). Give it pictures fitted already, {look.size}x{look.size} px, as the gate did."
-            )
-        if vision.activation(model.vision.tower.blocks[0].mlp.act) == "gelu":
-            told.append(
-                "llama.cpp's GELU is the tanh one, by a table in float16: most of what image embeddings are off."
-            )
-        if isinstance(words, SentencePieceTokenizer) and not words.legacy:
-            told.append(
-                "The tokenizer is not `legacy`, and llama.cpp tokenises as if it were: from the second question of a "
-                "conversation on, one more space stands after `</s>`."
-            )
-        if quant == "q4_k" and model.language.config.hidden_size % 256:
-            told.append(
-                f"Rows of {model.language.config.hidden_size} are no multiple of 256, so most matrices have 5 bits instead: "
-                "q4_0 is smaller for this model."
-            )
-        return told
+    def about(self) -> dict[str, Any]:
+        """What every format's manifest says: the model, and what produced it."""
+        model, look = self.chat.model, self.chat.pictures
+        return {
+            "name": self.name,
+            "tower": model.vision.arguments,
+            "projector": {"type": projector_type(model.projector), "image tokens": model.image_tokens},
+            "template": self.chat.talk.name,
+            "pictures": {"mode": look.mode, "size": look.size}
+            # single precision, told in as few digits as it takes
+            | {key: [float(str(value)) for value in getattr(look, key)] for key in ("mean", "std")},
+            "from": {
+                "stage": self.weights.name,
+                "weights_sha256": {path.name: file_hash(path) for path in sorted(self.weights.glob("*.safetensors"))},
+                "run": self.run.facts if self.run else None,
+                "config": self.run.config_dict() if self.run else read_config(self.folder),
+            },
+            "made": manifest(),
+        }
 
 
 def export(cfg: DictConfig) -> Path:
     """What conf/export.yaml says. Returns the folder.
 
     Raises:
-        ValueError: llama.cpp can't compute this model, there is no llama.cpp, or the gate did not pass. Then nothing has a
-            final name; what did not pass is kept in a folder whose name ends in `.failed`.
+        ValueError: the format can't hold this model, what should prove it is missing, the disk has no room, or it was not proven.
+            Then nothing has a final name; what did not pass is kept in a folder whose name ends in `.failed`.
     """
-    if cfg.quant not in QUANTS:
-        raise ValueError(f"quant={cfg.quant}: there is no such type (there are: {', '.join(QUANTS)})")
-    if cfg.gate or cfg.quant != "f16":
-        engine.engine()
-    if cfg.scores and not cfg.gate:
-        raise ValueError("scores=true with gate=false: scores of unproven files would pass for the model's")
+    known = sorted(module.name for module in iter_modules(formats.__path__))
+    if cfg.format not in known:
+        raise ValueError(f"format={cfg.format}: there is no such format (there are: {', '.join(known)})")
+    kind = import_module(f"{formats.__name__}.{cfg.format}")
+    place = kind.place(cfg)
     torch.set_num_threads(cfg.threads)
     source = Source.open(cfg.run)
-    if cfg.scores and source.run is None:
-        raise ValueError(
-            f"scores=true is for run folders, which know their benchmarks; {cfg.run} is a released checkpoint"
-        )
-    language.check(source.chat.model.language)
-    vision.check(source.chat.model, source.chat.pictures)
-    out = Path(cfg.out or source.folder / "gguf" / cfg.quant)
-    aside, failed, old = (out.with_name(out.name + end) for end in (".part", ".failed", ".old"))
-    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
-    aside.mkdir(parents=True)
-    try:
-        _fill(aside, source, cfg)
-    except Unproven as error:
-        shutil.rmtree(failed, ignore_errors=True)
-        aside.replace(failed)
-        raise ValueError(f"{error}\nWhat did not pass is kept in {failed}") from None
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    for folder in (failed, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    if out.exists():
-        out.replace(old)
-    aside.replace(out)
-    shutil.rmtree(old, ignore_errors=True)
+    out, needed = Path(cfg.out or source.folder / place), kind.check(source, cfg)
+    with aside(out, needed) as folder:
+        kind.write(folder, source, cfg)
     Console().print(f"written: {out}", soft_wrap=True)
     return out
 
 
-def _fill(folder: Path, source: Source, cfg: DictConfig) -> None:
-    """Everything that belongs into the folder.
-
-    Raises:
-        Unproven: the gate did not pass; parity.json tells all of it.
-    """
-    chat, found = source.chat, scores.opened(cfg, source.run) if cfg.scores else []
-    f16, wanted, mmproj = (folder / f"{part}.gguf" for part in ("language-f16", f"language-{cfg.quant}", "mmproj-f16"))
-    vocabulary = tokenizer.vocabulary(chat.words, source.tokenizer, chat.model.language.config.vocab_size)
-    language.write(f16, chat.model.language, source.name, vocabulary | tokenizer.chat_template(chat.talk))
-    vision.write(mmproj, chat.model, chat.pictures, source.name)
-    vision.check_file(mmproj, f16)
-    matrices = {} if cfg.quant == "f16" else engine.quantise(f16, wanted, cfg.quant)
-    # Taken before the gate reads the quantised weights into the model.
-    about = _about(source, cfg) | {"matrices": matrices}
-    parities, measured = [], None
-    if cfg.gate:
-        with _progress() as progress:
-            gate = Gate(chat.model, chat.words, chat.talk, chat.pictures, cfg.threads, progress)
-            parities = [gate.check(f16, mmproj)]
-            if parities[0].passed and wanted != f16:
-                parities.append(gate.check(wanted, mmproj, cfg.quant))
-        _show_parity(source, parities)
-        if faults := [f"{parity.quant}: {fault}" for parity in parities for fault in parity.faults]:
-            write_json(folder / "parity.json", [parity.as_dict() for parity in parities])
-            raise Unproven(f"{engine.engine()} does not compute what PyTorch does:\n  " + "\n  ".join(faults))
-    if cfg.scores:
-        with _progress() as progress:
-            measured = scores.measure(cfg, source.run, chat, found, wanted, mmproj, progress)
-        _show_scores(source, measured, cfg.quant)
-    if wanted != f16:
-        f16.unlink()
-    mend = any(parity.class_token == "misordered" for parity in parities)
-    end = ".unproven" if not parities else ".needs-mended-llama.cpp" if mend else ""
-    wanted = wanted.rename(folder / f"{source.name}-{cfg.quant}{end}.gguf")
-    mmproj = mmproj.rename(folder / f"mmproj-{source.name}-f16{end}.gguf")
-    about |= {
-        "files": {
-            role: {"name": file.name, "bytes": file.stat().st_size, "sha256": file_hash(file)}
-            for role, file in (("language", wanted), ("mmproj", mmproj))
-        },
-        "proven": bool(parities),
-        "needs a mended llama.cpp": mend,
-        "engine": engine.engine() if parities else None,
-        "parity": [parity.as_dict() for parity in parities],
-        "scores": measured,
-    }
-    write_json(folder / "manifest.json", about)
-    (folder / "README.md").write_text(card(about, TITLES), encoding="utf-8")
-    (folder / "jetson.sh").write_text(jetson(about), encoding="utf-8")
-    (folder / "jetson.sh").chmod(0o755)
+def refuse(cfg: DictConfig, **defaults: Any) -> None:
+    """Raises ValueError if a key that says nothing to the format was set."""
+    for key, default in defaults.items():
+        if cfg[key] != default:
+            raise ValueError(f"{key}={cfg[key]} says nothing to format={cfg.format}: leave it out")
 
 
-def _about(source: Source, cfg: DictConfig) -> dict[str, Any]:
-    """The manifest's share that is known before the files are."""
-    model, look, made = source.chat.model, source.chat.pictures, manifest()
-    return {
-        "name": source.name,
-        "quant": cfg.quant,
-        "tower": model.vision.arguments,
-        "projector": {
-            "type": projector_type(model.projector),
-            "in llama.cpp": vision.projector_type(model.projector),
-            "image tokens": model.image_tokens,
-        },
-        "context": context(model),
-        "template": source.chat.talk.name,
-        "pictures": {"mode": look.mode, "size": look.size, "mean": look.mean.tolist(), "std": look.std.tolist()},
-        "notes": source.notes(cfg.quant),
-        "from": {
-            "stage": source.weights.name,
-            "weights_sha256": {path.name: file_hash(path) for path in sorted(source.weights.glob("*.safetensors"))},
-            "run": source.run.facts if source.run else None,
-            "config": source.run.config_dict() if source.run else read_config(source.folder),
-        },
-        "made": made | {"versions": made["versions"] | {"gguf": version("gguf")}},
-    }
+def described(file: Path) -> dict[str, Any]:
+    """A file as a manifest tells of it."""
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": file_hash(file)}
 
 
-# ----------------------------------------------------------------------------------------------------- what is shown
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """A function that opens a bar and gives back what moves it on."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bars:
-
-        def opened(title: str, count: int) -> Callable[[], None]:
-            task = bars.add_task(title, total=count)
-            return lambda: bars.advance(task)
-
-        yield opened
-
-
-def _show(title: str, head: tuple[str, ...], rows: list[list[str]]) -> None:
+def show(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table in the terminal."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(head):
         table.add_column(name, justify="right" if number else "left")
@@ -250,17 +140,54 @@ def _show(title: str, head: tuple[str, ...], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def _show_parity(source: Source, parities: list[Parity]) -> None:
-    rows = [parity_row(parity.as_dict()) for parity in parities]
-    _show(f"{source.name}: {engine.engine()} beside PyTorch", HEAD, rows)
-    for parity in parities:
-        for tie in parity.ties:
-            Console().print(f"{parity.quant}: {tie}: a near tie")
-    if any(parity.class_token == "misordered" for parity in parities):
-        told = f"{engine.engine()} misplaces the class token and would see next to nothing with these files, which are right."
-        Console().print(f"[bold yellow]{told} {class_token.CURE}[/]")
+# ------------------------------------------------------------------------------------------------ whole or not at all
 
 
-def _show_scores(source: Source, measured: dict[str, Any], quant: str) -> None:
-    title = f"{source.name}, protocol {measured['protocol']}: PyTorch's scores and llama.cpp's"
-    _show(title, ("benchmark", "PyTorch", f"llama.cpp, {quant}", "questions"), score_rows(measured, TITLES))
+@contextmanager
+def aside(out: Path, needed: int) -> Iterator[Path]:
+    """An empty folder beside `out`, which takes that name when the block ends well; an earlier export there goes.
+
+    Args:
+        needed: bytes of weights that will be written.
+
+    Raises:
+        ValueError: something that is no export has the name; the disk has no room, found before anything is written or while
+            it is; or what was written is `Unproven`, and then it is kept in a folder whose name ends in `.failed`.
+    """
+    part, failed, old = (out.with_name(out.name + end) for end in (".part", ".failed", ".old"))
+    if out.exists() and not (out / "manifest.json").exists():
+        raise ValueError(
+            f"{out} is there and no export (it has no manifest.json), and would be replaced: name another out="
+        )
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    if needed + SMALL > (free := _free(out)):
+        raise ValueError(_no_room(out, needed, free))
+    try:
+        part.mkdir(parents=True)
+        yield part
+    except Unproven as error:
+        shutil.rmtree(failed, ignore_errors=True)
+        part.replace(failed)
+        raise ValueError(f"{error}\nWhat did not pass is kept in {failed}") from None
+    except BaseException as error:
+        free = _free(out) + sum(path.stat().st_size for path in part.rglob("*"))
+        shutil.rmtree(part, ignore_errors=True)
+        if FULL.search(str(error)):
+            raise ValueError(f"the disk is full, nothing is kept ({error}): {_no_room(out, needed, free)}") from error
+        raise
+    for folder in (failed, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    if out.exists():
+        out.replace(old)
+    part.replace(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _free(out: Path) -> int:
+    """Bytes that are free where `out` will lie."""
+    return shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
+
+
+def _no_room(out: Path, needed: int, free: int) -> str:
+    need, there = (f"{size / 1e9:.2f} GB" for size in (needed + SMALL, free))
+    return f"{out} takes about {need} while it is made and {there} are free there: make room, or name another disk with out="

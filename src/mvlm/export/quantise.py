@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -51,7 +53,7 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def quantise(source: Path, target: Path, quant: str, lib: ctypes.CDLL) -> dict[str, int]:
+def quantise(source: Path, target: Path, quant: str, lib: ctypes.CDLL, threads: int = 1) -> dict[str, int]:
     """Write `target` from the float16 file `source`. Returns how many matrices got which type."""
     reader = gguf.GGUFReader(source)
     field = {name: value for name, value in reader.fields.items() if not name.startswith("GGUF.")}
@@ -76,21 +78,31 @@ def quantise(source: Path, target: Path, quant: str, lib: ctypes.CDLL) -> dict[s
     writer.write_ti_data_to_file()
     for tensor, into in planned:
         same = into == tensor.tensor_type
-        writer.write_tensor_data(tensor.data if same else _blocks(np.asarray(tensor.data, np.float32), into, lib))
+        writer.write_tensor_data(
+            tensor.data if same else _blocks(np.asarray(tensor.data, np.float32), into, lib, threads)
+        )
     writer.close()
     return dict(Counter(into.name for tensor, into in planned if len(tensor.shape) > 1))
 
 
-def _blocks(rows: np.ndarray, into: Q, lib: ctypes.CDLL) -> np.ndarray:
-    """(rows, width) float32 -> bytes, by llama.cpp."""
+def _blocks(rows: np.ndarray, into: Q, lib: ctypes.CDLL, threads: int = 1) -> np.ndarray:
+    """(rows, width) float32 -> bytes, by llama.cpp, each thread some of the rows."""
     count, width = rows.shape
     block, size = gguf.GGML_QUANT_SIZES[into]
     out = np.empty((count, width // block * size), np.uint8)
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     long = ctypes.c_int64
     rows = np.ascontiguousarray(rows)
-    made = lib.ggml_quantize_chunk(
-        ctypes.c_int(into), rows.ctypes, out.ctypes, long(0), long(count), long(width), ctypes.c_void_p(None)
-    )
+
+    def some(edge: tuple[int, int]) -> int:
+        begin, end = edge
+        return lib.ggml_quantize_chunk(  # ctypes lets the other threads run meanwhile
+            ctypes.c_int(into), rows.ctypes, out.ctypes, long(begin * width), long(end - begin), long(width),
+            ctypes.c_void_p(None),
+        )  # fmt: skip
+
+    edges = [count * part // threads for part in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        made = sum(pool.map(some, pairwise(edges)))
     assert made == out.nbytes, f"llama.cpp wrote {made} bytes where {out.nbytes} were expected"
     return out

@@ -14,7 +14,7 @@ from mvlm.benchmark.base import Benchmark
 from mvlm.benchmark.evaluate import answers_file, evaluate
 from mvlm.chat import Chat
 from mvlm.data.image import open_picture
-from mvlm.export import engine
+from mvlm.export.engine import Engine
 from mvlm.export.gate import context, prompt, shown
 from mvlm.run import Run
 
@@ -44,8 +44,7 @@ def measure(
     for benchmark in found:
         _answer(cfg, run, chat, benchmark, answers_file(folder, benchmark), language, mmproj, progress)
     results = evaluate(None, found, folder)
-    earlier = run.folder / f"results{score.beside(results)}.json"
-    before = json.loads(earlier.read_text()) if earlier.exists() else {"benchmarks": {}, "questions": {}}
+    before = run.results(cfg.protocol)
     rows = {}
     for benchmark in found:
         name, after = benchmark.name, results["benchmarks"][benchmark.name]["none"]
@@ -81,8 +80,8 @@ def _answer(
     step = progress(f"llama.cpp, {cfg.quant}, {benchmark.name}", len(questions))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as lines:
-        how = {"limit": limit, "context": context(chat.model), "threads": cfg.threads}
-        said = engine.ask(language, mmproj, asked, reuse=True, **how)
+        how = {"limit": limit, "context": context(chat.model)}
+        said = Engine.of(cfg).ask(language, mmproj, asked, reuse=True, **how)
         for question, one in zip(questions, said, strict=True):
             line = {"id": question.id, "prompt": question.text, "text": chat.words.decode(one.ids).strip()}
             line |= {"stopped": one.stopped, "precision": cfg.quant}

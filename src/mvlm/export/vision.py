@@ -82,15 +82,22 @@ def metadata(vision: Vision, projector: nn.Module, language_dim: int, pictures: 
     }
 
 
-def write(path: Path, model: MobileVLM, pictures: Pictures, name: str) -> None:
+def write(path: Path, model: MobileVLM, pictures: Pictures, name: str, more: Mapping[str, Any] | None = None) -> None:
     """The float16 file.
+
+    Args:
+        more: further entries of its table.
 
     Raises:
         ValueError: see `check`.
     """
     check(model, pictures)
     table = metadata(model.vision, model.projector, model.language.config.hidden_size, pictures, name)
-    container.write(path, table, [*tower_tensors(model.vision), *projector_tensors(model.projector, model.vision.grid)])
+    container.write(
+        path,
+        table | dict(more or {}),
+        [*tower_tensors(model.vision), *projector_tensors(model.projector, model.vision.grid)],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the tower
@@ -295,6 +302,10 @@ NEEDED = (
 """Keys without which llama.cpp refuses a file, or worse."""
 
 
+WEIGHTS = "mvlm.weights"
+"""Key of both files of an export: a hash of what they were made from."""
+
+
 def check_file(path: Path, language: Path) -> None:
     """Whether llama.cpp survives a pair of files: it ends the process over what is missing or has another shape or type.
 
@@ -303,15 +314,21 @@ def check_file(path: Path, language: Path) -> None:
         language: the language model's file.
 
     Raises:
-        ValueError: it would not; the message lists all that is wrong.
+        ValueError: it would not, and the message lists all that is wrong; or the two are of different exports.
     """
-    file = Opened(path)
+    file, words = Opened(path), Opened(language)
     if lacks := [key for key in NEEDED if file.get(key) is None]:
         raise ValueError(f"{path} is no mmproj that llama.cpp can open: it lacks {', '.join(lacks)}")
     kind = file.get("clip.projector_type")
     if kind not in LINEARS:
         raise ValueError(f"{path} has the projector {kind!r}; known here are {', '.join(LINEARS)}")
-    wanted = _shapes(file, Opened(language).get("llama.embedding_length"))
+    theirs = [one.get(WEIGHTS) for one in (file, words)]
+    if None not in theirs and theirs[0] != theirs[1]:
+        raise ValueError(
+            f"{path.name} and {language.name} were exported from different weights ({theirs[0][:12]} and {theirs[1][:12]}): they would "
+            "load, and the answers would have nothing to do with the picture. Take both from one export"
+        )
+    wanted = _shapes(file, words.get("llama.embedding_length"))
     faults = [f"{name} is missing" for name in wanted if name not in file]
     faults += [
         f"{name} is {file.shape(name)}, not {' or '.join(map(str, shapes))}"

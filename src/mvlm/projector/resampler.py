@@ -69,6 +69,6 @@ class Resampler(nn.Module):
                 "set projector.grid to the side of the tower's patch grid"
             )
         values = self.norm_patch(self.pw1(features))
-        queries = (self.norm_query(self.query) + self.query_position).expand(len(features), -1, -1)
+        queries = (self.norm_query(self.query) + self.query_position).expand(features.shape[0], -1, -1)
         seen, _ = self.attention(queries, values + self.patch_position, values, need_weights=False)
         return self.pw2(self.norm(seen))

@@ -1,0 +1,59 @@
+"""A language model's file and its mmproj, found in a folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm.data.image import Pictures, open_picture
+from mvlm.export.container import Opened
+from mvlm.export.gate import png
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two files that belong together."""
+
+    language: Path
+    mmproj: Path
+    about: dict[str, Any]
+    """manifest.json; empty for files that were not exported here."""
+
+    @classmethod
+    def find(cls, folder: str | Path) -> Pair:
+        """In a folder that export.py wrote, or in one with a single pair.
+
+        Raises:
+            ValueError: there is no pair, or several, or a file is not as long as the manifest says.
+        """
+        folder = Path(folder)
+        told = folder / "manifest.json"
+        if told.exists() and "mmproj" in (about := json.loads(told.read_text(encoding="utf-8"))).get("files", {}):
+            files = [folder / about["files"][role]["name"] for role in ("language", "mmproj")]
+            for file, role in zip(files, ("language", "mmproj"), strict=True):
+                here, there = file.stat().st_size if file.exists() else 0, about["files"][role]["bytes"]
+                if here != there:
+                    raise ValueError(f"{file} has {here:,} bytes and {told} says {there:,}: copy or export it again")
+            return cls(*files, about)
+        found = sorted(folder.glob("*.gguf"))
+        seers = [file for file in found if "mmproj" in file.name]
+        talkers = [file for file in found if file not in seers]
+        if len(seers) != 1 or len(talkers) != 1:
+            names = ", ".join(file.name for file in found) or "no file that ends in .gguf"
+            raise ValueError(
+                f"{folder} must hold one language model and one mmproj (a file with mmproj in its name), and holds {names}; "
+                "export.py writes such a folder, <run>/gguf/<quant>"
+            )
+        return cls(talkers[0], seers[0], {})
+
+    @property
+    def context(self) -> int:
+        """Positions for a prompt and its answer."""
+        return self.about.get("context") or min(4096, Opened(self.language).get("llama.context_length"))
+
+    def fit(self, image: str | Path) -> bytes:
+        """A picture as the model was trained to see it, as a PNG file. Files that were not exported here get it as it is."""
+        look, picture = self.about.get("pictures"), open_picture(image)
+        return png(Pictures(look["size"], look["mode"], look["mean"], look["std"]).fit(picture) if look else picture)
