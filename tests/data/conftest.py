@@ -27,3 +27,11 @@ def fast_folder(tmp_path_factory):
     config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Where the indexes of these tests' files lie; a new one a test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MVLM_CACHE", str(folder))
+    return folder

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from mvlm.data.dataset import LlavaDataset
+from mvlm.data.held_out import hold_out
 from mvlm.data.image import Pictures
 from mvlm.data.mixture import Mixture
 from mvlm.data.prompt import template
@@ -19,12 +24,15 @@ TOKENIZER = load_tokenizer(REFERENCE / "tokenizer")
 
 @pytest.fixture
 def source(tmp_path):
-    def build(name, samples):
+    def build(name, samples, images=None, shown=()):
         turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This one."}]
         records = [{"id": f"{name}{k}", "conversations": turns} for k in range(samples)]
+        for record, picture in zip(records, shown, strict=False):
+            tagged = [{"from": "human", "value": "<image>\nWhich?"}, turns[1]]
+            record |= {"image": picture, "conversations": tagged if picture else turns}
         (tmp_path / f"{name}.json").write_text(json.dumps(records))
         pictures = Pictures(14, "pad", (0, 0, 0), (1, 1, 1))
-        return LlavaDataset(tmp_path / f"{name}.json", None, template("v1"), TOKENIZER, pictures, image_tokens=1)
+        return LlavaDataset(tmp_path / f"{name}.json", images, template("v1"), TOKENIZER, pictures, image_tokens=1)
 
     return build
 
@@ -37,7 +45,7 @@ def test_whole_sources(source):
     mixture = Mixture([source("a", 3), source("b", 2)])
     assert ids(mixture) == ["a0", "a1", "a2", "b0", "b1"]
     assert mixture.counts == mixture.available == {"a": 3, "b": 2}
-    assert mixture.lengths == [-3] * 5 and mixture.pictures_used == []
+    assert mixture.lengths.tolist() == [-3] * 5 and mixture.pictures_used == []
     assert [mixture.find(k)[1] for k in range(5)] == [0, 1, 2, 0, 1]
 
 
@@ -48,6 +56,43 @@ def test_a_choice_is_its_own(source):
     assert set(ids(few)) < set(ids(more))  # the smaller choice is a part of the larger, whatever is beside it
     assert ids(few) == ids(Mixture([a], {"a": 10})) != ids(Mixture([a], {"a": 10}, seed=1))
     assert len(set(ids(few))) == 10 and ids(few) != [f"a{k}" for k in range(10)]
+
+
+def test_samples_left_out(source):
+    whole = Mixture([source("a", 5), source("b", 30), source("c", 2)], {"b": 6})
+    rest = whole.without(np.array([0, 4, 5, 11])).without(np.array([12]))
+    left = [sample for k, sample in enumerate(ids(whole)) if k not in (0, 4, 5, 11, 12)]
+    assert ids(rest) == left and len(rest) == len(rest.lengths) == 8
+    assert rest.counts == {"a": 3, "b": 5, "c": 0} and whole.counts == {"a": 5, "b": 6, "c": 2}
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), count=st.integers(0, 6))
+def test_what_is_held_out_is_shown_by_no_other_sample(data, count, source, tmp_path):
+    """Two sources with some pictures in common, which they name by other paths, for the second one's folder lies above."""
+    (tmp_path / "pictures").mkdir(exist_ok=True)
+    for k in range(9):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"pictures/{k}.png")
+    shown = [data.draw(st.lists(st.integers(0, 8) | st.none(), min_size=24, max_size=24)) for _ in "ab"]
+    pictures = [
+        [None if k is None else f"{folder}{k}.png" for k in some]
+        for folder, some in zip(("", "pictures/"), shown, strict=True)
+    ]
+    sources = [source("a", 24, tmp_path / "pictures", pictures[0]), source("b", 30, tmp_path, pictures[1])]
+    mixture = Mixture(sources, {"b": 29})
+    rest, taken = hold_out(mixture, count)
+    paths = [sample.picture for sample in taken]
+    assert len(taken) != 1 and len(set(paths)) == len(taken) <= min(count, 53 // 8) and None not in paths
+
+    def listed(mixture):
+        found = map(mixture.find, range(len(mixture)))
+        return [(dataset.record(place)["id"], dataset.picture(place)) for dataset, place in found]
+
+    assert listed(rest) == [(name, path) for name, path in listed(mixture) if path not in paths]
+    assert rest.pictures_used == [path for path in dict.fromkeys(path for _, path in listed(rest)) if path]
+    if taken:  # in turn, from the end of each source that has pictures
+        last = {name[0]: path for name, path in listed(mixture) if path}
+        assert paths[0] == next(iter(last.values()))
 
 
 def test_more_than_there_are(source):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +21,11 @@ def test_order_equals_the_reference(kind):
     sampler = LengthGroupedSampler(
         GOLDEN["lengths"], GOLDEN["batch_size"], GOLDEN["world_size"], GOLDEN["seed"], kind == "by_modality"
     )
-    assert [sampler.order(0), sampler.order(1)] == [GOLDEN[kind]["first_pass"], GOLDEN[kind]["second_pass"]]
-    assert sampler.order(0) == GOLDEN[kind]["first_pass"]  # asking again changes nothing
+    assert [sampler.order(0).tolist(), sampler.order(1).tolist()] == [
+        GOLDEN[kind]["first_pass"],
+        GOLDEN[kind]["second_pass"],
+    ]
+    assert sampler.order(0).tolist() == GOLDEN[kind]["first_pass"]  # asking again changes nothing
 
 
 LENGTHS = st.lists(st.integers(-30, 30).filter(bool), min_size=1, max_size=70)
@@ -30,19 +34,43 @@ LENGTHS = st.lists(st.integers(-30, 30).filter(bool), min_size=1, max_size=70)
 @settings(max_examples=80, deadline=None)
 @given(lengths=LENGTHS, batch=st.integers(1, 5), world=st.integers(1, 4), seed=st.integers(0, 3))
 def test_a_grouped_order_is_a_permutation(lengths, batch, world, seed):
-    order = LengthGroupedSampler(lengths, batch, world, seed).order(1)
+    order = LengthGroupedSampler(lengths, batch, world, seed).order(1).tolist()
     assert sorted(order) == list(range(len(lengths)))
     step = batch * world
     mixed = [k for k in range(0, len(order), step) if len({lengths[i] > 0 for i in order[k : k + step]}) == 2]
     assert len(mixed) <= 3  # only the two remainders meet, at the front and at the end; a short step may sit between
 
 
+def dealt_one_by_one(lengths, indices, batch, world, generator):
+    """A random order cut into steps; in each the longest sample left goes to the micro-batch with the least words and with room."""
+    drawn = [indices[k] for k in torch.randperm(len(indices), generator=generator)]
+    ordered = []
+    for begin in range(0, len(drawn), batch * world):
+        step = sorted(drawn[begin : begin + batch * world], key=lambda k: -abs(lengths[k]))
+        hands = [step[k::world] for k in range(world)]
+        if len(step) % world == 0:
+            hands = [[] for _ in range(world)]
+            for index in step:
+                free = [hand for hand in hands if len(hand) < len(step) // world]
+                min(free, key=lambda hand: sum(abs(lengths[k]) for k in hand)).append(index)
+        ordered += [k for hand in hands for k in hand]
+    return ordered
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=LENGTHS, batch=st.integers(1, 5), world=st.integers(1, 4), seed=st.integers(0, 3))
+def test_samples_are_dealt_as_one_by_one(lengths, batch, world, seed):
+    """The order deals all steps at once; short lengths make for many ties, which the first micro-batch gets."""
+    expected = dealt_one_by_one(lengths, range(len(lengths)), batch, world, torch.Generator().manual_seed(seed))
+    assert LengthGroupedSampler(lengths, batch, world, seed, by_modality=False).order(0).tolist() == expected
+
+
 @settings(max_examples=40, deadline=None)
 @given(lengths=LENGTHS, batch=st.integers(1, 5), seed=st.integers(0, 3))
 def test_text_first_moves_whole_steps_only(lengths, batch, seed):
     """The same steps as without it, those of text before those of pictures; the steps of both kinds stay at the ends."""
-    plain = LengthGroupedSampler(lengths, batch, seed=seed).order(0)
-    moved = LengthGroupedSampler(lengths, batch, seed=seed, text_first=True).order(0)
+    plain = LengthGroupedSampler(lengths, batch, seed=seed).order(0).tolist()
+    moved = LengthGroupedSampler(lengths, batch, seed=seed, text_first=True).order(0).tolist()
 
     def steps(order):
         return [tuple(order[k : k + batch]) for k in range(0, len(order), batch)]

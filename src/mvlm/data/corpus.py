@@ -74,7 +74,7 @@ class Corpus:
             near = difflib.get_close_matches(name, self.entries, n=1, cutoff=0.5)
             raise ValueError(
                 f"the corpus has no source {name!r}{f'; did you mean {near[0]!r}?' if near else ''} "
-                f"(it has {', '.join(self.entries)}; a file of your own ends in .json)"
+                f"(it has {', '.join(self.entries)}; a file of your own ends in .json or .jsonl)"
             )
         entry = self.entries[name]
         sharing = [other for other in self.entries if self._file(other) == self._file(name)]
@@ -113,7 +113,7 @@ def sources_of(corpus: Corpus, names: Sequence[str], images: str | Path | None =
 
     Args:
         corpus: where names are looked up.
-        names: of the corpus, or paths of the user's own LLaVA-format files, which end in `.json`.
+        names: of the corpus, or paths of the user's own LLaVA-format files, which end in `.json` or `.jsonl`.
         images: the folder that the `image` paths of the user's own files start from; None where they have none.
 
     Raises:
@@ -123,7 +123,10 @@ def sources_of(corpus: Corpus, names: Sequence[str], images: str | Path | None =
         raise ValueError(
             f"{', '.join(twice)} stands twice among the sources; to train longer, give the stage more epochs"
         )
-    found = [_own(name, images) if name.endswith(".json") else corpus.source(name, beside=names) for name in names]
+    found = [
+        _own(name, images) if name.endswith((".json", ".jsonl")) else corpus.source(name, beside=names)
+        for name in names
+    ]
     return list({source.annotations: source for source in found}.values())
 
 
@@ -131,7 +134,7 @@ def _own(name: str, images: str | Path | None) -> Source:
     file = Path(name)
     if not file.is_file():
         raise ValueError(
-            f"{file.absolute()} is missing: names in data.pretrain and data.finetune that end in .json are own files"
+            f"{file.absolute()} is missing: names in data.pretrain and data.finetune that end in .json or .jsonl are own files"
         )
     if images is not None and not Path(images).is_dir():
         raise ValueError(f"data.images={images} is no folder: the `image` paths of {name} start from there")

@@ -172,7 +172,7 @@ def read_exclusions(path: str | Path, source: str, annotations: str | Path) -> l
 
 def _examine(dataset: LlavaDataset, damaged: dict[str, str], advance: Callable[[], None]) -> SourceReport:
     """One source, its damaged pictures known."""
-    report = SourceReport(dataset.source, str(dataset.annotations), _sha256(dataset.annotations), samples=len(dataset))
+    report = SourceReport(dataset.source, str(dataset.annotations), dataset.sha256, samples=len(dataset))
     report.findings = [Finding(s.record, s.id, s.kind, s.reason) for s in dataset.skipped]
     report.missing = sum(s.kind == "missing" for s in dataset.skipped)
     report.malformed = len(dataset.skipped) - report.missing

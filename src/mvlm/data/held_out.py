@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from copy import copy
+import numpy as np
 
 from mvlm.data.dataset import Sample
 from mvlm.data.mixture import Mixture
@@ -20,8 +19,8 @@ def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
     """
     count = min(count, len(mixture) // 8)
     places = [
-        [place for place in chosen if dataset.picture(place)]
-        for dataset, chosen in zip(mixture.datasets, mixture._chosen, strict=True)
+        np.asarray(chosen, np.int64)[dataset.lengths[chosen] > 0]
+        for dataset, chosen in zip(mixture.datasets, mixture.chosen, strict=True)
     ]
     taken: dict[str, tuple[int, int]] = {}
     depth = 0
@@ -29,16 +28,12 @@ def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
         depth += 1
         for which, there in enumerate(places):
             if depth <= len(there) and len(taken) < count:
-                taken.setdefault(mixture.datasets[which].picture(there[-depth]), (which, there[-depth]))
+                place = int(there[-depth])
+                taken.setdefault(mixture.datasets[which].picture(place), (which, place))
     if len(taken) < 2:
         return mixture, []
-    rest = copy(mixture)
-    rest._chosen = [
-        array("q", [place for place in chosen if dataset.picture(place) not in taken])
-        for dataset, chosen in zip(mixture.datasets, mixture._chosen, strict=True)
+    shown = [
+        begin + np.flatnonzero(np.isin(chosen, dataset.showing(taken)))
+        for dataset, chosen, begin in zip(mixture.datasets, mixture.chosen, mixture.ends, strict=False)
     ]
-    ends, total = array("q"), 0
-    for chosen in rest._chosen:
-        ends.append(total := total + len(chosen))
-    rest._ends = ends
-    return rest, [mixture.datasets[which][place] for which, place in taken.values()]
+    return mixture.without(np.concatenate(shown)), [mixture.datasets[which][place] for which, place in taken.values()]

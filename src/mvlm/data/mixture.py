@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from mvlm.data.dataset import LlavaDataset, Sample
+from mvlm.data.index import Kept
 
 
 class Mixture(Dataset[Sample]):
@@ -47,15 +49,28 @@ class Mixture(Dataset[Sample]):
             )
         if unknown := sorted(set(samples) - set(names)):
             raise ValueError(f"no source {', '.join(unknown)} in this mixture; there are {', '.join(names)}")
-        self._chosen = [
+        self.chosen = [
             _choose(dataset, samples.get(dataset.source, len(dataset)), seed, repeat) for dataset in self.datasets
         ]
-        self._ends = array("q", torch.tensor([len(c) for c in self._chosen]).cumsum(0).tolist())
-        if not self._ends or self._ends[-1] == 0:
+        """For each dataset the places of the samples taken, in the order of the file."""
+        self.ends = np.cumsum([0, *map(len, self.chosen)]).tolist()
+        """Where each dataset's samples begin among all those taken, and their number."""
+        self._kept = Kept(self.ends[-1], np.array([], np.int64))
+        if not len(self):
             raise ValueError(f"the mixture of {', '.join(names) or 'no source'} has no sample")
 
+    def without(self, numbers: np.ndarray) -> Mixture:
+        """The same mixture without some of the samples taken.
+
+        Args:
+            numbers: of samples among all those taken, ascending.
+        """
+        rest = copy(self)
+        rest._kept = Kept(self.ends[-1], np.union1d(self._kept.dropped, numbers))
+        return rest
+
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._kept)
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at a place of the mixture."""
@@ -66,22 +81,21 @@ class Mixture(Dataset[Sample]):
         """The dataset that a sample comes from, and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        which = bisect_right(self._ends, index)
-        return self.datasets[which], self._chosen[which][index - (self._ends[which - 1] if which else 0)]
+        number = self._kept[index]
+        which = bisect_right(self.ends, number) - 1
+        return self.datasets[which], int(self.chosen[which][number - self.ends[which]])
 
     @property
-    def lengths(self) -> list[int]:
-        """Words of each dialogue, negative without a picture."""
-        lengths = []
-        for dataset, chosen in zip(self.datasets, self._chosen, strict=True):
-            all_of_it = dataset.lengths
-            lengths += [all_of_it[k] for k in chosen]
-        return lengths
+    def lengths(self) -> np.ndarray:
+        """int32 (N,): words of each dialogue, negative without a picture."""
+        pairs = zip(self.datasets, self.chosen, strict=True)
+        return np.delete(np.concatenate([dataset.lengths[chosen] for dataset, chosen in pairs]), self._kept.dropped)
 
     @property
     def counts(self) -> dict[str, int]:
         """Samples taken of each source."""
-        return {dataset.source: len(chosen) for dataset, chosen in zip(self.datasets, self._chosen, strict=True)}
+        before = self.ends - np.searchsorted(self._kept.dropped, self.ends)
+        return {dataset.source: int(count) for dataset, count in zip(self.datasets, np.diff(before), strict=True)}
 
     @property
     def available(self) -> dict[str, int]:
@@ -91,12 +105,14 @@ class Mixture(Dataset[Sample]):
     @property
     def pictures_used(self) -> list[str]:
         """Paths of the distinct pictures of the samples taken, in order of first use."""
-        pairs = zip(self.datasets, self._chosen, strict=True)
-        paths = (dataset.picture(k) for dataset, chosen in pairs for k in chosen)
-        return [path for path in dict.fromkeys(paths) if path is not None]
+        kept, paths = np.asarray(self._kept), []
+        for dataset, chosen, begin, end in zip(self.datasets, self.chosen, self.ends, self.ends[1:], strict=False):
+            some = kept[slice(*np.searchsorted(kept, (begin, end)))] - begin
+            paths += dataset.pictures_of(np.asarray(chosen, np.int64)[some])
+        return list(dict.fromkeys(paths))
 
 
-def _choose(dataset: LlavaDataset, wanted: int, seed: int, repeat: bool) -> array:
+def _choose(dataset: LlavaDataset, wanted: int, seed: int, repeat: bool) -> range | np.ndarray:
     """Places of the samples taken, in the order of the file."""
     there = len(dataset)
     if wanted < 0:
@@ -106,7 +122,9 @@ def _choose(dataset: LlavaDataset, wanted: int, seed: int, repeat: bool) -> arra
             f"{wanted} samples of {dataset.source!r} are asked for, but there are {there}: ask for at most that many, "
             f"or set repeat=True to see some of them {-(-wanted // there)} times"
         )
+    if wanted == there:
+        return range(there)
     rounds, rest = divmod(wanted, there)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {dataset.source}".encode()))
-    chosen = torch.randperm(there, generator=generator)[:rest].sort().values.tolist()
-    return array("q", [*range(there)] * rounds + chosen)
+    chosen = torch.randperm(there, generator=generator)[:rest].sort().values.numpy()
+    return np.concatenate([np.tile(np.arange(there), rounds), chosen])

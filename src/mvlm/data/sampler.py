@@ -6,9 +6,10 @@ An order is a pure function of (seed, epoch), so a run can go on at any step wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import cycle, islice, pairwise
+from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -18,8 +19,8 @@ class Order(Protocol):
 
     def __len__(self) -> int: ...
 
-    def order(self, epoch: int) -> list[int]:
-        """Indices of the samples in the order of an epoch (the first is 0)."""
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 (N,): indices of the samples in the order of an epoch (the first is 0)."""
         ...
 
 
@@ -32,12 +33,12 @@ class RandomOrder:
     def __len__(self) -> int:
         return self.samples
 
-    def order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> np.ndarray:
         """Indices of the samples in the order of an epoch."""
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(epoch + 1):
             drawn = torch.randperm(self.samples, generator=generator)
-        return drawn.tolist()
+        return drawn.numpy()
 
 
 class LengthGroupedSampler:
@@ -48,7 +49,7 @@ class LengthGroupedSampler:
     one of the two modalities, this groups by length alone.
 
     Args:
-        lengths: words of each sample, negative where it has no picture (`LlavaDataset.lengths`).
+        lengths: (N,), words of each sample, negative where it has no picture (`LlavaDataset.lengths`).
         batch_size: samples of a micro-batch.
         world_size: micro-batches of an optimizer step, over all devices.
         seed: of the order.
@@ -61,24 +62,22 @@ class LengthGroupedSampler:
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: np.ndarray | Sequence[int],
         batch_size: int,
         world_size: int = 1,
         seed: int = 0,
         by_modality: bool = True,
         text_first: bool = False,
     ) -> None:
-        if 0 in lengths:
-            raise ValueError(
-                f"sample {list(lengths).index(0)} has length 0: its sign is to say whether it has a picture"
-            )
-        self.lengths, self.batch_size, self.world_size = list(lengths), batch_size, world_size
+        self.lengths, self.batch_size, self.world_size = np.asarray(lengths), batch_size, world_size
+        if len(empty := np.flatnonzero(self.lengths == 0)):
+            raise ValueError(f"sample {empty[0]} has length 0: its sign is to say whether it has a picture")
         self.seed, self.by_modality, self.text_first = seed, by_modality, text_first
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> np.ndarray:
         """Indices of the samples in the order of an epoch. Earlier epochs are drawn again, as their draws come
         first."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -86,48 +85,51 @@ class LengthGroupedSampler:
             drawn = self._draw(generator)
         return drawn
 
-    def _draw(self, generator: torch.Generator) -> list[int]:
-        with_picture = [k for k, length in enumerate(self.lengths) if length > 0]
-        without = [k for k, length in enumerate(self.lengths) if length < 0]
-        if not self.by_modality or not with_picture or not without:
-            return self._by_length(range(len(self.lengths)), generator)
+    def _draw(self, generator: torch.Generator) -> np.ndarray:
+        with_picture, without = np.flatnonzero(self.lengths > 0), np.flatnonzero(self.lengths < 0)
+        if not self.by_modality or not len(with_picture) or not len(without):
+            return self._by_length(np.arange(len(self)), generator)
         size = self.batch_size * self.world_size
-        steps: list[list[int]] = []
-        mixed: list[int] = []
+        steps, mixed = [], []
         for indices in (with_picture, without):
             grouped = self._by_length(indices, generator)
-            *whole, last = [grouped[k : k + size] for k in range(0, len(grouped), size)]
-            steps += whole
-            mixed += last
-        shuffled = [steps[k] for k in torch.randperm(len(steps), generator=generator)]
+            last = (len(grouped) - 1) // size * size
+            steps.append(grouped[:last].reshape(-1, size))
+            mixed.append(grouped[last:])
+        steps, mixed = np.concatenate(steps), np.concatenate(mixed)
+        shuffled = steps[torch.randperm(len(steps), generator=generator).numpy()]
         if self.text_first:
-            shuffled.sort(key=lambda step: self.lengths[step[0]] > 0)
+            shuffled = shuffled[np.argsort(self.lengths[shuffled[:, 0]] > 0, kind="stable")]
         # The two ends meet in a step of both kinds: a whole one goes to the very front, what is left to the very end.
-        first, last = (mixed[:size], mixed[size:]) if len(mixed) >= size else ([], mixed)
-        return first + [k for step in shuffled for k in step] + last
+        front = size if len(mixed) >= size else 0
+        return np.concatenate([mixed[:front], shuffled.ravel(), mixed[front:]])
 
-    def _by_length(self, indices: Sequence[int], generator: torch.Generator) -> list[int]:
+    def _by_length(self, indices: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """A random permutation cut into steps; within a step longest first, dealt to micro-batches of like total
         length."""
         size = self.batch_size * self.world_size
-        drawn = [indices[k] for k in torch.randperm(len(indices), generator=generator)]
-        ordered = []
-        for begin in range(0, len(drawn), size):
-            step = sorted(drawn[begin : begin + size], key=lambda k: abs(self.lengths[k]), reverse=True)
-            ordered += [k for hand in self._deal(step) for k in hand]
-        return ordered
+        drawn = indices[torch.randperm(len(indices), generator=generator).numpy()]
+        whole = len(drawn) // size * size
+        return np.concatenate([self._deal(drawn[:whole].reshape(-1, size)), self._deal(drawn[None, whole:])])
 
-    def _deal(self, step: list[int]) -> list[list[int]]:
-        """A step's samples to its micro-batches, each to the one with the least words so far that still has room."""
-        if len(step) % self.world_size:
-            return [step[k :: self.world_size] for k in range(self.world_size)]
-        room = len(step) // self.world_size
-        hands, totals = [[] for _ in range(self.world_size)], [0] * self.world_size
-        for index in step:
-            least = min((k for k in range(self.world_size) if len(hands[k]) < room), key=totals.__getitem__)
-            hands[least].append(index)
-            totals[least] += abs(self.lengths[index])
-        return hands
+    def _deal(self, steps: np.ndarray) -> np.ndarray:
+        """Each step's samples to its micro-batches, each to the one with the least words so far that still has room.
+
+        (steps, samples) to one after the other, micro-batch by micro-batch. All steps are dealt at once, a sample of each at a time.
+        """
+        longest_first = np.argsort(-np.abs(self.lengths[steps]), axis=1, kind="stable")
+        steps, hands = np.take_along_axis(steps, longest_first, axis=1), self.world_size
+        if steps.shape[1] % hands:
+            return np.concatenate([steps[:, k::hands] for k in range(hands)], axis=1).ravel()
+        room, every = steps.shape[1] // hands, np.arange(len(steps))
+        totals, held = np.zeros((len(steps), hands), np.int64), np.zeros((len(steps), hands), np.int64)
+        dealt = np.empty((len(steps), hands, room), steps.dtype)
+        for indices in steps.T:
+            least = np.where(held < room, totals, np.iinfo(np.int64).max).argmin(axis=1)
+            dealt[every, least, held[every, least]] = indices
+            held[every, least] += 1
+            totals[every, least] += np.abs(self.lengths[indices])
+        return dealt.ravel()
 
 
 class StepBatches(Sampler[list[list[int]]]):
@@ -169,14 +171,14 @@ class StepBatches(Sampler[list[list[int]]]):
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        order = self.order.order(self.epoch)
+        order = np.asarray(self.order.order(self.epoch))
         for step in range(self.start, self.steps):
             chosen = order[step * self.global_batch : (step + 1) * self.global_batch]
             parts = self.accumulation * self.world_size
             if len(chosen) < parts:
-                chosen += islice(cycle(order), parts - len(chosen))
+                chosen = np.concatenate([chosen, np.resize(order, parts - len(chosen))])
             cuts = [k * len(chosen) // parts for k in range(parts + 1)]
-            micro = [chosen[a:b] for a, b in pairwise(cuts)]
+            micro = [chosen[a:b].tolist() for a, b in pairwise(cuts)]
             yield micro[self.rank :: self.world_size]
 
 
