@@ -5,8 +5,8 @@ batches. The peer has LLaVA-1.5's projector and hands all of a picture's patches
 ours has the projector that is asked for, so `projector=pw2` compares implementations and `projector=ldpv2` the paper's point too.
 
 Useful arithmetic is counted, not assumed: the products that one dialogue needs without padding, with a frozen tower's last block
-left out and with logits at labelled positions alone, whatever a way really computes. Its rate stands beside the rate of plain
-matrix products in this process.
+left out, attention below its diagonal and logits at labelled positions alone, whatever a way really computes. Its rate stands beside
+the rate of plain matrix products in this process.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from mvlm.data.collate import collate
 from mvlm.data.datamodule import StepData
 from mvlm.data.dataset import Sample
 from mvlm.data.image import Pictures
+from mvlm.model.mobilevlm import MobileVLM
 from mvlm.strategy.parameters import freeze_and_group
 from mvlm.strategy.stage import Stage
 
@@ -144,7 +145,7 @@ def ours(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
     with device:
         model = build.model(cfg)
     rates = OmegaConf.to_container(cfg.strategy.finetune.rates, resolve=True)
-    loader = StepData(data, cfg.micro_batch, cfg.micro_batch, workers=cfg.workers, order="random")
+    loader = StepData(data, cfg.micro_batch, cfg.micro_batch, workers=cfg.workers, order=cfg.recipe.finetune.order)
     module, clock = Stage(model, rates, steps=loader.steps), OurClock()
     trainer = L.Trainer(
         accelerator="auto", devices=1, precision=precision, max_epochs=1, logger=False, callbacks=[clock],
@@ -174,12 +175,6 @@ def peer(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
         llava = LlavaForConditionalGeneration(config)
     llava.model.vision_tower.requires_grad_(False)
 
-    def padded(samples: Sequence[Sample]) -> dict[str, Tensor]:
-        batch: Batch = collate(samples)
-        ids = batch.input_ids.masked_fill(batch.input_ids == IMAGE_TOKEN, words)
-        more = {"attention_mask": batch.attention_mask.long(), "pixel_values": batch.pixels}
-        return {"input_ids": ids, "labels": batch.labels, **more}
-
     clock = PeersClock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -187,10 +182,24 @@ def peer(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
             use_cpu=build.device().type == "cpu", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             dataloader_num_workers=cfg.workers, remove_unused_columns=False, optim="adamw_torch_fused", seed=0,
         )  # fmt: skip
-        trainer = Trainer(llava, arguments, data_collator=padded, train_dataset=data, callbacks=[clock])
+        trainer = Trainer(
+            llava,
+            arguments,
+            data_collator=partial(for_the_peer, placeholder=words),
+            train_dataset=data,
+            callbacks=[clock],
+        )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return clock
+
+
+def for_the_peer(samples: Sequence[Sample], placeholder: int) -> dict[str, Tensor]:
+    """A batch as transformers' class takes it."""
+    batch: Batch = collate(samples)
+    ids = batch.input_ids.masked_fill(batch.input_ids == IMAGE_TOKEN, placeholder)
+    mask = batch.attention_mask.long()
+    return {"input_ids": ids, "labels": batch.labels, "attention_mask": mask, "pixel_values": batch.pixels}
 
 
 def _tower_config(vision: Any) -> Any:
@@ -212,25 +221,29 @@ def _tower_config(vision: Any) -> Any:
 
 
 def useful(cfg: DictConfig, texts: Sequence[Sequence[int]]) -> list[int]:
-    """FLOPs that each dialogue needs, two for a multiply-add, by torch's own counter on tensors without values; attention counts
-    whole, as usual."""
+    """FLOPs that each dialogue needs, two for a multiply-add, by torch's own counter on tensors without values; attention only up to
+    each position's own."""
     net = plan.meta_model(cfg.model.module)
     freeze_and_group(net, OmegaConf.to_container(cfg.strategy.finetune.rates, resolve=True))
+    return [needed(net, count) for count in map(len, texts)]
 
-    @cache
-    def needed(length: int) -> int:
-        with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=plan.corrected()) as counter:
-            tokens = net.project(net.encode(torch.empty(1, 3, net.image_size, net.image_size)))
-            words = net.language.get_input_embeddings()(torch.zeros(1, length + 1, dtype=torch.long))
-            seen = torch.cat([words, tokens], 1)
-            mask = torch.empty(
-                1, 1, seen.shape[1], seen.shape[1], dtype=torch.bool
-            )  # given, so that no value is looked at
-            hidden = net.language.model(inputs_embeds=seen, attention_mask=mask, use_cache=False).last_hidden_state
-            net.language.lm_head(hidden[:, : length // 2]).sum().backward()
-        return counter.get_total_flops()
 
-    return [needed(len(text)) for text in texts]
+@cache
+def needed(net: MobileVLM, words: int) -> int:
+    """FLOPs of one dialogue, forward and backward: a first id, a picture and so many words, the last half of them learned."""
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=plan.corrected()) as counter:
+        tokens = net.project(net.encode(torch.empty(1, 3, net.image_size, net.image_size)))
+        text = net.language.get_input_embeddings()(torch.zeros(1, words + 1, dtype=torch.long))
+        seen = torch.cat([text, tokens], 1)
+        length = seen.shape[1]
+        mask = torch.empty(1, 1, length, length, dtype=torch.bool)  # given, so that no value is looked at
+        hidden = net.language.model(inputs_embeds=seen, attention_mask=mask, use_cache=False).last_hidden_state
+        net.language.lm_head(hidden[:, : words // 2]).sum().backward()
+    sizes = net.language.config
+    head = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
+    # Six products of length x length a head: two forward, four backward. Torch counts them whole.
+    hidden_half = 6 * 2 * (length**2 - length * (length + 1) // 2) * sizes.num_attention_heads * head
+    return counter.get_total_flops() - hidden_half * sizes.num_hidden_layers
 
 
 def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -260,10 +273,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         What was measured, in plain types: by way `samples_per_second`, `tokens_per_second` (without padding), `share` of the
         matrix rate that is useful arithmetic, `waited` share of the time, `padding` share of positions, `peak_bytes`; and the `ratio`.
     """
-    precision = build.precision(cfg.precision)
+    words = {"auto": build.precision("auto"), "bfloat16": "bf16-mixed", "float32": "32-true"}
+    if cfg.precision not in words:
+        raise ValueError(f"precision={cfg.precision}: target=train knows {', '.join(words)}")
+    precision = words[cfg.precision]
     net = plan.meta_model(cfg.model.module)
     texts, more = (
-        WARM * cfg.micro_batch + cfg.samples,
+        (WARM + cfg.steps) * cfg.micro_batch,
         {"words": net.language.config.vocab_size, "look": build.pictures(cfg, "finetune")},
     )
     for noisy in ("ignore:.*does not have many workers.*", "ignore:.*tokenizer.*", "ignore:.*pin_memory.*"):
@@ -286,7 +302,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             rates.append(matrix_rate(build.autocast_type(precision) or torch.float32))
     rate = float(np.median(rates))
     measured = {
-        "what": f"{cfg.samples} dialogues of {np.mean([len(t) for t in data.texts]):.0f} words and a picture, {cfg.micro_batch} a step, "
+        "what": f"{cfg.steps * cfg.micro_batch} dialogues of {np.mean(data.lengths):.0f} words and a picture, {cfg.micro_batch} a step, "
         f"{precision}, {build.device()}, model {OmegaConf.select(cfg, 'model.module.vision.name')}",
         "matrix_flops_per_second": rate,
         "threads": torch.get_num_threads(),
