@@ -39,7 +39,7 @@ from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.run import AXES, Run, file_hash, overridden, write_json
+from mvlm.run import AXES, Run, overridden, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
 from mvlm.strategy.features import encode_pictures
@@ -84,7 +84,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
         for number, (source, count) in enumerate(mixture.counts.items()):
             told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
-        hashes |= {f"{stage}/{d.source}": file_hash(d.annotations) for d in mixture.datasets}
+        hashes |= {f"{stage}/{d.source}": d.sha256 for d in mixture.datasets}
     run.note(data_sha256=hashes)
     Console().print(table)
 

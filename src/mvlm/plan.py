@@ -5,7 +5,6 @@ python -m mvlm.plan model=1.7b projector=ldpv2 data=v2 strategy=unfreeze_llm dev
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -205,10 +204,18 @@ def count_samples(names: list[str], corpus: Mapping[str, Any]) -> int:
     """
     counts = dict(corpus.get("samples") or {})
     counts |= {name: entry["samples"] for name, entry in (corpus.get("sources") or {}).items()}
-    own = {name: len(json.loads(Path(name).read_text(encoding="utf-8"))) for name in names if name.endswith(".json")}
+    own = {name: _count(Path(name)) for name in names if name.endswith((".json", ".jsonl"))}
     if unknown := [name for name in names if name not in counts | own]:
         raise ValueError(f"the corpus has no count for {', '.join(unknown)}; it has {', '.join(counts)}")
     return sum((counts | own)[name] for name in names)
+
+
+def _count(annotations: Path) -> int:
+    """Records of an annotation file, of which a few megabytes are in memory at a time."""
+    from mvlm.data.index import read_records
+
+    with annotations.open("rb") as file:
+        return sum(1 for _ in read_records(file, annotations))
 
 
 def plan(cfg: DictConfig, devices: int, text: int) -> Plan:
