@@ -35,7 +35,7 @@ ALLOWED = {
 HYDRA_ROOMS = {
     "run", "plan", "cli", "build", "fit", "score", "report", "sweep", "table", "dashboard", "bench", "export",
 }  # fmt: skip
-LIGHTNING_FILES = {"data/datamodule.py", "strategy/stage.py", "fit.py", "score.py"}
+LIGHTNING_FILES = {"data/datamodule.py", "strategy/stage.py", "fit.py", "score.py", "bench/train.py"}
 
 
 def modules() -> list[Path]:
