@@ -1,0 +1,101 @@
+"""Samples one after the other in one row: the loss, every gradient and the isolation of a padded batch, for each kind of attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
+from mvlm.data.collate import collate
+from mvlm.data.dataset import Sample
+from mvlm.model import attention, mobilevlm
+from mvlm.model.mobilevlm import MobileVLM
+from mvlm.model.vision import Vision
+from mvlm.projector.ldpv2 import LDPv2
+
+WORDS = 97
+
+
+def joined(kind: str) -> MobileVLM:
+    """4x4 patches, 4 image tokens; three query heads to a key head, more positions than a block of queries has."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    }
+    language = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, attn_implementation=kind, **sizes))
+    tower = Vision("vit_small_patch14_dinov2", 56, depth=2, embed_dim=24, num_heads=2, class_token=False)
+    return MobileVLM(tower, LDPv2, language).double()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Four lengths; a picture in the first, in the last, and none between; nothing of the third is learned."""
+    draw = torch.Generator().manual_seed(1)
+    samples = []
+    for number, (length, picture) in enumerate([(9, True), (5, False), (3, False), (14, True)]):
+        words = torch.randint(3, WORDS, (length,), generator=draw).tolist()
+        ids = [1, *[IMAGE_TOKEN] * 4 * picture, *words]
+        learned = [i if k > len(ids) // 2 and number != 2 else IGNORE_INDEX for k, i in enumerate(ids)]
+        pixels = torch.randn(3, 56, 56, generator=draw) if picture else None
+        samples.append(Sample(str(number), "made", ids, learned, pixels=pixels))
+    batch = collate(samples)
+    return replace(batch, pixels=batch.pixels.double())
+
+
+def loss_and_gradients(model: MobileVLM, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    loss = model(batch)
+    return loss.total, torch.autograd.grad(
+        loss.total, [p for p in model.parameters() if p.requires_grad], allow_unused=True
+    )
+
+
+@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("kind", ["grouped", "sdpa", "eager"])
+def test_loss_and_gradients_are_those_of_a_padded_batch(batch, kind, block, monkeypatch):
+    """All but the loss is float64, so what may differ is the loss' rounding to float32, 6e-8 of it. (The blocks are grouped's.)"""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    model = joined(kind)
+    monkeypatch.setattr(mobilevlm, "PACKS", ())
+    padded, wanted = loss_and_gradients(joined("eager"), batch)
+    monkeypatch.setattr(mobilevlm, "PACKS", (kind,))
+    rows = []
+    watch = model.language.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    packed, found = loss_and_gradients(model, batch)
+    watch.remove()
+    assert rows == [(1, int(batch.attention_mask.sum()))], "no position of padding reaches the language model"
+    torch.testing.assert_close(packed, padded, rtol=1e-6, atol=0)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_no_sample_sees_another(batch):
+    """Another first sample, another loss of it, and the same of all others: each alone loses what it loses in the row."""
+    model = joined("grouped")
+
+    def alone(number: int) -> float:
+        real = batch.attention_mask[number]
+        cut = {
+            name: getattr(batch, name)[number : number + 1, real] for name in ("input_ids", "labels", "attention_mask")
+        }
+        picture = {0: batch.pixels[:1], 3: batch.pixels[1:]}.get(number)
+        return model(replace(batch, **cut, pixels=picture)).total.item()
+
+    each = [alone(number) for number in range(4)]
+    assert each[2] == 0 and len({round(loss, 6) for loss in each}) == 4
+    assert model(batch).total.item() == pytest.approx(sum(each), rel=1e-6)
+    other = replace(batch, input_ids=batch.input_ids.clone())
+    other.input_ids[0, 8] = (other.input_ids[0, 8] + 1) % WORDS
+    change = model(other).total.item() - model(batch).total.item()
+    batch = other
+    assert abs(change) > 1e-3 and alone(0) - each[0] == pytest.approx(change, abs=1e-4)
