@@ -59,11 +59,13 @@ def test_the_peer_is_given_the_same(data, cfg):
 
 
 @pytest.mark.slow  # trains both
-def test_both_ways_train(cfg, capsys):
-    cfg.precision = "float32"
-    measured = train.run(cfg)
+@pytest.mark.parametrize("projector, tokens", [("pw2", 64), ("ldpv2", 16)])
+def test_both_ways_train(configure, projector, tokens, capsys):
+    words = ["target=train", "model=nano", f"projector={projector}", "rounds=1", "steps=2", "precision=float32"]
+    measured = train.run(configure(*words, page="bench"))
     ours, peer = measured["ways"].values()
-    assert ours["image_tokens"] == peer["image_tokens"] == 64 and ours["flops_per_sample"] == peer["flops_per_sample"]
-    assert ours["padding"] == peer["padding"] and 0 <= ours["waited"] < 1
+    assert ours["image_tokens"] == tokens and peer["image_tokens"] == 64
+    assert (ours["flops_per_sample"] == peer["flops_per_sample"]) == (projector == "pw2")
+    assert 0 <= ours["waited"] < 1
     assert measured["ratio"] == pytest.approx(ours["samples_per_second"] / peer["samples_per_second"], rel=0.01)
     assert "ratio of samples/s" in capsys.readouterr().out

@@ -11,6 +11,7 @@ the rate of plain matrix products in this process.
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import tempfile
@@ -271,7 +272,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         What was measured, in plain types: by way `samples_per_second`, `tokens_per_second` (without padding), `share` of the
-        matrix rate that is useful arithmetic, `waited` share of the time, `padding` share of positions, `peak_bytes`; and the `ratio`.
+        matrix rate that is useful arithmetic, `waited` share of the time, `peak_bytes`; and the `ratio`.
     """
     words = {"auto": build.precision("auto"), "bfloat16": "bf16-mixed", "float32": "32-true"}
     if cfg.precision not in words:
@@ -287,7 +288,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made = partial(Dialogues, Path(folder), texts, **more)
         ways: dict[str, tuple[Callable, Dialogues, list[int]]] = {}
-        patches = OmegaConf.merge(cfg, {"model": {"module": {"projector": {"_target_": "mvlm.projector.pw2.PW2"}}}})
+        patches = copy.deepcopy(cfg)
+        patches.model.module.projector = {"_target_": "mvlm.projector.pw2.PW2", "_partial_": True}
         for name, way, whole in (
             (f"ours, {type(net.projector).__name__}", ours, cfg),
             ("transformers' Trainer and LLaVA", peer, patches),
@@ -343,10 +345,6 @@ def _told(
     seconds = sorted(one.seconds for one in rounds)
     middle = seconds[len(seconds) // 2]
     share, lengths = count / len(data), [1 + data.image_tokens + n for n in data.lengths]
-    padded = [
-        max(lengths[k : k + micro_batch]) * len(lengths[k : k + micro_batch])
-        for k in range(0, len(lengths), micro_batch)
-    ]
     return {
         "image_tokens": data.image_tokens,
         "seconds": [round(one.seconds, 2) for one in rounds],
@@ -355,21 +353,18 @@ def _told(
         "flops_per_sample": sum(flops) / len(flops),
         "share": round(sum(flops) * share / middle / rate, 3),
         "waited": round(float(np.median([one.waited / one.seconds for one in rounds])), 4),
-        "padding": round(1 - sum(lengths) / sum(padded), 3),
         "peak_bytes": int(np.median([one.peak_bytes for one in rounds])),
     }
 
 
 def _show(measured: dict[str, Any]) -> None:
     table = Table(title=measured["what"], title_justify="left")
-    for number, column in enumerate(
-        ("way", "image tokens", "samples/s", "tokens/s", "useful", "waited", "padding", "peak")
-    ):
+    for number, column in enumerate(("way", "image tokens", "samples/s", "tokens/s", "useful", "waited", "peak")):
         table.add_column(column, justify="right" if number else "left")
     for name, way in measured["ways"].items():
         table.add_row(
             name, str(way["image_tokens"]), f"{way['samples_per_second']:.2f}", f"{way['tokens_per_second']:.0f}", f"{way['share']:.1%}",
-            f"{way['waited']:.1%}", f"{way['padding']:.0%}", f"{way['peak_bytes'] / 1e9:.1f} GB",
+            f"{way['waited']:.1%}", f"{way['peak_bytes'] / 1e9:.1f} GB",
         )  # fmt: skip
     Console().print(table)
     told = f"matrix products: {measured['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s, of which `useful` is the share"
