@@ -20,6 +20,27 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
+def trained_bpe():
+    """`trained_bpe(text, size)`: a small byte-level BPE with chat markup."""
+    import tokenizers
+
+    def trained(text: str, size: int) -> tokenizers.Tokenizer:
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator([text], trainer)
+        return bpe
+
+    return trained
+
+
+@pytest.fixture(scope="session")
 def nano_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where the nano corpus is generated, once a session."""
     return tmp_path_factory.mktemp("cache")

@@ -23,6 +23,13 @@ from mvlm.run import Run
 STAGES = ("pretrain", "finetune")
 
 
+def run_folder(folder: str | Path) -> Path:
+    """The run folder that a stage's folder lies in; any other folder is itself."""
+    folder = Path(folder)
+    inside = folder.name in STAGES and (folder.parent / "config.yaml").exists()
+    return folder.parent if inside else folder
+
+
 def corpus(cfg: DictConfig) -> Corpus:
     """The files behind the sources' names; the pocket world is generated here on first use."""
     return instantiate(cfg.corpus, _convert_="all")

@@ -40,9 +40,7 @@ class Chat:
         Raises:
             ValueError: it is neither.
         """
-        folder = Path(folder)
-        if folder.name in build.STAGES and (folder.parent / "config.yaml").exists():  # inside a run folder
-            folder = folder.parent
+        folder = build.run_folder(folder)
         if (folder / "config.yaml").exists():
             run = Run.find(folder)
             cfg = run.config

@@ -9,20 +9,11 @@ import tokenizers
 
 
 @pytest.fixture(scope="session")
-def fast_folder(tmp_path_factory):
+def fast_folder(tmp_path_factory, trained_bpe):
     """A small byte-level BPE with chat markup whose post-processor trims offsets, the trap for labels."""
     folder = tmp_path_factory.mktemp("fast")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe = trained_bpe("user assistant hello there, a general boat on the lake", 320)
     bpe.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["user assistant hello there, a general boat on the lake"], trainer)
     bpe.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -99,18 +99,9 @@ def test_a_spoilt_language_model_does_not_pass(engine, bench, tmp_path, name):
     assert any(("chat writes" if "line break" in name else "log-prob") in fault for fault in parity.faults)
 
 
-def test_another_rule_for_words_does_not_pass(engine, bench, bytes_folder, tmp_path):
+def test_another_rule_for_words_does_not_pass(engine, bench, bytes_folder, trained_bpe, tmp_path):
     """A tokenizer that splits digits, written as one that does not: seen before any answer is."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["12 boats, 12 or 20 to 12, the picture, the picture"], trainer)
+    bpe = trained_bpe("12 boats, 12 or 20 to 12, the picture, the picture", 300)
     shutil.copytree(bytes_folder, tmp_path / "words")
     split = tokenizers.pre_tokenizers
     bpe.pre_tokenizer = split.Sequence([split.Digits(True), split.ByteLevel(add_prefix_space=False)])

@@ -99,3 +99,13 @@ def test_no_sample_sees_another(batch):
     change = model(other).total.item() - model(batch).total.item()
     batch = other
     assert abs(change) > 1e-3 and alone(0) - each[0] == pytest.approx(change, abs=1e-4)
+
+
+def test_dropout_of_attention_is_kept_in_a_row(batch):
+    """Where weights are to be dropped, torch's own attention does it, document by document."""
+    model = joined("grouped").train()
+    steady = {model(batch).total.item() for _ in range(2)}
+    for layer in model.language.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    dropped = {model(batch).total.item() for _ in range(2)}
+    assert len(steady) == 1 and len(dropped) == 2

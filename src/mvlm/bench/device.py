@@ -55,6 +55,7 @@ from torch import nn
 from mvlm import build
 from mvlm.cli import CONF, ROOT, groups, nearest
 from mvlm.data import byte_tokenizer
+from mvlm.data.cache import cache_folder
 from mvlm.data.image import Pictures
 from mvlm.data.tokenizer import load_tokenizer
 from mvlm.export import engine, gate, language, tokenizer, vision
@@ -64,7 +65,6 @@ from mvlm.export.pair import Pair
 from mvlm.export.quantise import FILE_TYPES
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.plan import meta_model
-from mvlm.pocket.parts import cache_folder
 
 TOKENS, TEXT, CONTEXT = 256, 64, 2048
 """Of the answer, as in the paper; of the prompt beside the picture's; positions that are kept."""

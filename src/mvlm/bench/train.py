@@ -94,10 +94,7 @@ class Clock:
 
     def begin(self) -> None:
         now = perf_counter()
-        if self.steps or self.waited:
-            self.waited.append(now - self._ended)
-        else:
-            self.waited.append(0.0)
+        self.waited.append(now - self._ended if self.steps else 0.0)
         self._began = now
 
     def end(self) -> None:
@@ -160,8 +157,8 @@ def peer(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
     """transformers' LlavaForConditionalGeneration and Trainer."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-    model = build.model(cfg)
-    language, tower = model.language.config, _tower_config(model.vision)
+    shape = plan.meta_model(cfg.model.module)
+    language, tower = shape.language.config, _tower_config(shape.vision)
     words = language.vocab_size
     config = LlavaConfig(
         vision_config=tower,
@@ -171,7 +168,6 @@ def peer(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    del model
     with build.device():
         llava = LlavaForConditionalGeneration(config)
     llava.model.vision_tower.requires_grad_(False)
@@ -283,8 +279,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         (WARM + cfg.steps) * cfg.micro_batch,
         {"words": net.language.config.vocab_size, "look": build.pictures(cfg, "finetune")},
     )
-    for noisy in ("ignore:.*does not have many workers.*", "ignore:.*tokenizer.*", "ignore:.*pin_memory.*"):
-        warnings.filterwarnings(*noisy.split(":", 1))
+    for noise in (".*does not have many workers.*", ".*tokenizer.*", ".*pin_memory.*"):
+        warnings.filterwarnings("ignore", noise)
     with tempfile.TemporaryDirectory() as folder:
         made = partial(Dialogues, Path(folder), texts, **more)
         ways: dict[str, tuple[Callable, Dialogues, list[int]]] = {}
@@ -296,12 +292,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         ):
             data = made(image_tokens=plan.meta_model(whole.model.module).image_tokens)
             ways[name] = way, data, useful(whole, data.texts)
-        rates = [matrix_rate(build.autocast_type(precision) or torch.float32)]
+        dtype = build.autocast_type(precision) or torch.float32
+        rates = [matrix_rate(dtype)]
         rounds: dict[str, list[Round]] = {name: [] for name in ways}
         for number in range(cfg.rounds):
             for name in ways if number % 2 == 0 else reversed(ways):
                 rounds[name].append(_round(cfg, *ways[name][:2], precision))
-            rates.append(matrix_rate(build.autocast_type(precision) or torch.float32))
+            rates.append(matrix_rate(dtype))
     rate = float(np.median(rates))
     measured = {
         "what": f"{cfg.steps * cfg.micro_batch} dialogues of {np.mean(data.lengths):.0f} words and a picture, {cfg.micro_batch} a step, "

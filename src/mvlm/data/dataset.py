@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mvlm.batch import IMAGE_TOKEN
+from mvlm.data.cache import cache_folder
 from mvlm.data.image import PictureError, Pictures
 from mvlm.data.index import Index, Kept, Row, changed
 from mvlm.data.prompt import ASSISTANT, HUMAN, IMAGE_TAG, Encoded, Template, check_turns
@@ -112,8 +113,7 @@ class LlavaDataset(Dataset[Sample]):
         self.image_tokens, self.max_length = image_tokens, max_length
         self.source = source or self.annotations.stem
         self.on_bad_sample, self.features, self.follow_links = on_bad_sample, features, follow_links
-        self.cache = Path(cache or os.environ.get("MVLM_CACHE") or "cache")
-        self._real_folders: dict[str, str] = {}
+        self.cache = Path(cache or cache_folder())
         self._root = "" if images is None else os.path.join(os.path.realpath(images), "")
         self._real_folders: dict[str, str] = {}
         self._read(set(exclude))

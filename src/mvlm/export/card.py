@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from mvlm.data.image import LETTERBOX_COLOUR
 from mvlm.export.class_token import CURE, PATCH
 from mvlm.export.engine import BUILD
 
@@ -55,6 +56,24 @@ def file_table(files: dict[str, dict[str, Any]]) -> str:
 
     rows = [[f"`{f['name']}`", size(f["bytes"]), f"`{f['sha256'][:16]}`"] for f in files.values()]
     return table(["file", "size", "SHA-256"], rows)
+
+
+FITTED = {
+    "square": "The shorter side is resized to {size} (bicubic, as Pillow does it), then the middle is cut out.",
+    "pad": "Filled up to a square with the mean colour (the picture in the middle), then resized to {size} (bicubic, as Pillow does it).",
+    "letterbox": "The longer side is resized to {size} (bicubic, as Pillow does it); around the picture, which lies in the middle, comes "
+    "the colour {colour}.",
+}
+"""What `mvlm.data.image.Pictures` does in each mode."""
+
+
+def seen(look: dict[str, Any]) -> str:
+    """How a picture file becomes pixels, for whoever must do it again."""
+    mean, std = (", ".join(f"{value:.6g}" for value in look[key]) for key in ("mean", "std"))
+    return (
+        f"RGB, mode `{look['mode']}`. {FITTED[look['mode']].format(size=look['size'], colour=LETTERBOX_COLOUR)} Then "
+        f"`(value / 255 - mean) / std` with mean [{mean}] and std [{std}], channels first."
+    )
 
 
 def card(about: dict[str, Any], titles: dict[str, str]) -> str:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from mvlm.build import STAGES
+from mvlm.build import run_folder
 from mvlm.chat import Chat
 from mvlm.export import format as formats
 from mvlm.model.files import read_config
@@ -61,9 +61,7 @@ class Source:
         Raises:
             ValueError: it is neither.
         """
-        folder = Path(folder)
-        if folder.name in STAGES and (folder.parent / "config.yaml").exists():  # inside a run folder
-            folder = folder.parent
+        folder = run_folder(folder)
         chat, name = Chat.open(folder), folder.resolve().name
         if not (folder / "config.yaml").exists():
             return cls(name, folder, chat, folder, None)

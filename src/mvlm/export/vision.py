@@ -15,6 +15,7 @@ What goes wrong silently, and where it is handled:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,12 @@ def check_file(path: Path, language: Path) -> None:
     Raises:
         ValueError: it would not, and the message lists all that is wrong; or the two are of different exports.
     """
+    _check_pair(path, language, *((file.stat().st_size, file.stat().st_mtime_ns) for file in (path, language)))
+
+
+@cache
+def _check_pair(path: Path, language: Path, *stamps: tuple[int, int]) -> None:
+    """`check_file`, once for the files as they are: reading a vocabulary takes seconds, and every task of the engine asks."""
     file, words = Opened(path), Opened(language)
     if lacks := [key for key in NEEDED if file.get(key) is None]:
         raise ValueError(f"{path} is no mmproj that llama.cpp can open: it lacks {', '.join(lacks)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -55,10 +55,9 @@ def _forward(
     scaling: float | None = None,
     **more,
 ) -> tuple[Tensor, None]:
-    if "cu_seq_lens_q" in more:
-        return _packed(
-            query, key, value, more["cu_seq_lens_q"], query.shape[-1] ** -0.5 if scaling is None else scaling
-        ), None
+    if (ends := more.pop("cu_seq_lens_q", None)) is not None:  # documents of one row: each attends to itself alone
+        each = zip(*(one.split(ends.diff().tolist(), 2) for one in (query, key, value)), strict=True)
+        return torch.cat([_forward(module, *one, None, scaling=scaling, **more)[0] for one in each], 1), None
     whole = attention_mask is None and query.shape[2] == key.shape[2] and not more.get("dropout")
     if not whole or not query.requires_grad or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
@@ -66,15 +65,8 @@ def _forward(
     return grouped_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """Documents one after the other in one row, each attending to itself alone: (1, H, L, d) -> (1, L, H, d)."""
-    lengths = ends.diff().tolist()
-    each = zip(*(one.split(lengths, 2) for one in (query, key, value)), strict=True)
-    if query.device.type == "cpu":
-        seen = [grouped_attention(*one, scale) for one in each]
-    else:
-        seen = [scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True) for one in each]
-    return torch.cat(seen, 2).transpose(1, 2).contiguous()
+PACKS = ("grouped", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations that do no work between documents of one row; for the others a padded batch is quicker."""
 
 
 def documents(lengths: Tensor, attention: str) -> dict[str, Any]:
@@ -90,15 +82,9 @@ def documents(lengths: Tensor, attention: str) -> dict[str, Any]:
     }
     if attention == "grouped" or "flash" in attention:
         told |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    if attention == "grouped":
-        told["attention_mask"] = torch.ones(
-            1, 1, 1, 1, dtype=torch.bool, device=lengths.device
-        )  # else one would be made, (L, L)
+    if attention == "grouped":  # without one, a mask of (L, L) would be made
+        told["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=lengths.device)
     return told
-
-
-PACKS = ("grouped", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Implementations that do no work between documents of one row; for the others a padded batch is quicker."""
 
 
 AttentionInterface.register("grouped", _forward)

@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mvlm.data.cache import cache_folder
+
 VISION_ARGUMENTS: dict[str, Any] = {
     "model_name": "vit_small_patch14_dinov2",
     "img_size": 336,
@@ -288,11 +290,6 @@ PARTS: dict[str, Part] = {
 
 
 # -------------------------------------------------------------------------------------------------------------- fetch
-
-
-def cache_folder() -> Path:
-    """Where everything made once is kept: $MVLM_CACHE, or `cache/` in the working directory."""
-    return Path(os.environ.get("MVLM_CACHE") or "cache")
 
 
 def fetch(

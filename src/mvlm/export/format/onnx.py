@@ -15,9 +15,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor, nn
 
-from mvlm.data.image import LETTERBOX_COLOUR
 from mvlm.data.prompt import IMAGE_TAG
-from mvlm.export.card import file_table, origin, table
+from mvlm.export.card import file_table, origin, seen, table
 from mvlm.export.gate import apart, pictures
 from mvlm.export.handover import Source, Unproven, described, refuse, show
 from mvlm.run import write_json
@@ -192,24 +191,6 @@ def parity_rows(parity: dict[str, Any]) -> list[list[str]]:
     """A picture a row, under HEAD."""
     columns = zip(*(parity[key] for key in ("alone", "batch", "bound", "rounding")), strict=False)
     return [[str(number), *(f"{value:.1e}" for value in row)] for number, row in enumerate(columns, 1)]
-
-
-FITTED = {
-    "square": "The shorter side is resized to {size} (bicubic, as Pillow does it), then the middle is cut out.",
-    "pad": "Filled up to a square with the mean colour (the picture in the middle), then resized to {size} (bicubic, as Pillow does it).",
-    "letterbox": "The longer side is resized to {size} (bicubic, as Pillow does it); around the picture, which lies in the middle, comes "
-    "the colour {colour}.",
-}
-"""What `mvlm.data.image.Pictures` does in each mode."""
-
-
-def seen(look: dict[str, Any]) -> str:
-    """How a picture file becomes pixels, for whoever must do it again."""
-    mean, std = (", ".join(f"{value:.6g}" for value in look[key]) for key in ("mean", "std"))
-    return (
-        f"RGB, mode `{look['mode']}`. {FITTED[look['mode']].format(size=look['size'], colour=LETTERBOX_COLOUR)} Then "
-        f"`(value / 255 - mean) / std` with mean [{mean}] and std [{std}], channels first."
-    )
 
 
 def card(about: dict[str, Any]) -> str:

@@ -15,8 +15,7 @@ from rich.console import Console
 from mvlm import score
 from mvlm.build import STAGES
 from mvlm.chat import Chat
-from mvlm.export.card import file_table, table
-from mvlm.export.format.onnx import seen
+from mvlm.export.card import file_table, seen, table
 from mvlm.export.gate import QUESTIONS, answer, pictures
 from mvlm.export.handover import Source, Unproven, described, refuse
 from mvlm.model.files import read_config
