@@ -12,15 +12,16 @@ Answers already stored are kept, so an interrupted evaluation goes on and scorin
 
 from __future__ import annotations
 
-from mvlm.cli import script
+from mvlm.cli import imports, script
 
 
 def main(cfg) -> None:
-    from functools import partial
+    with imports():
+        from functools import partial
 
-    from mvlm import build, score
-    from mvlm.benchmark.ranks import join
-    from mvlm.run import Run
+        from mvlm import build, score
+        from mvlm.benchmark.ranks import join
+        from mvlm.run import Run
 
     run = Run.find(cfg.run)
     join()

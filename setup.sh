@@ -45,7 +45,8 @@ fi
 
 echo "installing the packages of constraints.txt (the first time 3 GB are downloaded)"
 # --constraint and not -r: the list holds the CUDA packages of Linux, which other systems neither need nor have.
-.venv/bin/uv pip install --python .venv/bin/python --constraint constraints.txt --editable '.[dev]' ||
+# Compiled here: else the first start does it, or each one where Python may not write.
+.venv/bin/uv pip install --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable '.[dev]' ||
     fail "the packages could not be installed (uv's reason stands above: network, or a full disk?);" \
         "run the same command again, it goes on where it stopped"
 echo "$wanted" >.venv/installed

@@ -12,16 +12,17 @@ Repeating a command goes on where it stopped: a finished stage is not trained ag
 
 from __future__ import annotations
 
-from mvlm.cli import script
+from mvlm.cli import imports, script
 
 
 def main(cfg) -> None:
-    from functools import partial
+    with imports():
+        from functools import partial
 
-    import lightning as L
+        import lightning as L
 
-    from mvlm import build, fit, score
-    from mvlm.run import Run
+        from mvlm import build, fit, score
+        from mvlm.run import Run
 
     if cfg.sweeps is not None or cfg.seeds != 1:
         raise ValueError(f"sweeps={cfg.sweeps} seeds={cfg.seeds}: to train many cells add -m (python train.py -m ...)")

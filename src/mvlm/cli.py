@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +121,18 @@ def script(main: Callable, config: str, sweep: bool = False) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(guarded(main))()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Looks for no garbage meanwhile. Modules make a million objects that all stay, and to go through them again and again takes a
+    fifth of a script's start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor later
+        gc.enable()
 
 
 def guarded(main: Callable) -> Callable:
