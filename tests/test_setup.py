@@ -78,7 +78,7 @@ def test_installs_once(place):
     place.command("python3", PYTHON)
     assert place.setup().returncode == 0
     assert place.installations == [
-        "pip install --python .venv/bin/python --constraint constraints.txt --editable .[dev]"
+        "pip install --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable .[dev]"
     ]
     second = place.setup()
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
