@@ -34,14 +34,22 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     share = heads // groups
-    rows, key, value = query.reshape(batch * groups, share, length, width), key.flatten(0, 1), value.flatten(0, 1)
+    rows, key, value = (
+        (query * scale).reshape(batch * groups, share, length, width),
+        key.flatten(0, 1),
+        value.flatten(0, 1),
+    )
+    later = query.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
     seen = []
     for begin in range(0, length, BLOCK):
         end = min(begin + BLOCK, length)
-        hidden = query.new_full((end - begin, end), float("-inf")).triu(begin + 1).repeat(share, 1)
+        size = end - begin
         some = rows[:, :, begin:end].reshape(batch * groups, -1, width)  # the heads of a group, one below the other
-        weights = torch.baddbmm(hidden, some, key[:, :end].mT, alpha=scale).softmax(-1)
-        seen.append((weights @ value[:, :end]).unflatten(1, (share, -1)))
+        weights = some @ key[:, :end].mT
+        weights.unflatten(1, (share, size))[..., begin:].add_(
+            later[:size, :size]
+        )  # only the block's own square hides any
+        seen.append((weights.softmax(-1) @ value[:, :end]).unflatten(1, (share, -1)))
     return torch.cat(seen, 2).reshape(query.shape)
 
 
