@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import inspect
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -103,6 +104,9 @@ def script(main: Callable, config: str, sweep: bool = False) -> None:
     Args:
         sweep: with `-m` train many cells (see `mvlm.sweep`); other scripts have no `-m`.
     """
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # torch's tensors in huge pages: 6 % less time of a step on a CPU
     arguments = sys.argv[1:]
     if {"--help", "-h"} & set(arguments):
         print(help_text(main, config))

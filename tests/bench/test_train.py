@@ -46,6 +46,18 @@ def test_useful_is_what_a_hand_counts(cfg):
     layer = 2 * length * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160) + 4 * 64 * length * (length + 1) // 2
     head = 2 * (words // 2) * 64 * 259
     assert train.needed(net, words) == tower + projector + 3 * (2 * layer + head)
+    once, never = (train.useful(cfg, [[5] * words], encoded)[0] for encoded in (1.0, 0.0))
+    assert once == train.needed(net, words) and once - never == tower
+
+
+def test_kept_features_are_those_of_the_tower(cfg, data) -> None:
+    """Both kinds of sample show a model the same."""
+    model = train.build.model(cfg)
+    data.features = train.encode_pictures(model, map(str, data.pictures), data.look)
+    kept = collate([data[0], data[1]])
+    data.features = None
+    batch = collate([data[0], data[1]])
+    assert kept.pixels is None and torch.equal(model.encode(batch.pixels), kept.features)
 
 
 def test_the_peer_is_given_the_same(data, cfg):
@@ -59,9 +71,10 @@ def test_the_peer_is_given_the_same(data, cfg):
 
 
 @pytest.mark.slow  # trains both
-@pytest.mark.parametrize("projector, tokens", [("pw2", 64), ("ldpv2", 16)])
-def test_both_ways_train(configure, projector, tokens, capsys):
+@pytest.mark.parametrize("projector, tokens, kept", [("pw2", 64, "false"), ("ldpv2", 16, "true")])
+def test_both_ways_train(configure, projector, tokens, kept, capsys):
     words = ["target=train", "model=nano", f"projector={projector}", "rounds=1", "steps=2", "precision=float32"]
+    words += [f"keep_features={kept}"]
     measured = train.run(configure(*words, page="bench"))
     ours, peer = measured["ways"].values()
     assert ours["image_tokens"] == tokens and peer["image_tokens"] == 64
