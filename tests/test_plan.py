@@ -201,30 +201,40 @@ def test_states_by_hand() -> None:
     assert all(states(100, 60, 1, zero) == (200, 120, 720) for zero in range(4))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("trained", [True, False])
-def test_activations_are_what_torch_keeps(trained: bool) -> None:
-    """Measured on a real bfloat16 layer stack; the head is apart."""
+def test_activations_are_what_torch_keeps(trained: bool, autocast: bool) -> None:
+    """Measured on two real stacks of layers, of which the difference is a layer: in bfloat16, and in float32 under autocast."""
     from transformers import LlamaConfig, LlamaModel
 
-    config = LlamaConfig(
-        vocab_size=10, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    net = LlamaModel(config).bfloat16().requires_grad_(trained)
-    weights, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+    positions, measured, told = 61, [], []
+    for layers in (2, 4):
+        config = LlamaConfig(
+            vocab_size=10, hidden_size=128, intermediate_size=352, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, attn_implementation="sdpa",
+        )  # fmt: skip
+        half = torch.float32 if autocast else torch.bfloat16
+        net = LlamaModel(config).to(half).requires_grad_(trained)
+        weights, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
+        def pack(tensor: torch.Tensor, weights: set = weights, kept: dict = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
 
-    positions = 64
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        net(inputs_embeds=torch.randn(1, positions, 128, dtype=torch.bfloat16, requires_grad=True), use_cache=False)
-    measured = sum(size for size, _ in kept.values())
-    # The estimate leaves out the last norm, the rotary tables and a few numbers a position: much in so small a model.
-    assert activations(config, positions, 0, trained).kept == pytest.approx(measured, rel=0.15)
+        given = torch.randn(1, positions, 128, dtype=half, requires_grad=True)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False),
+        ):
+            net(inputs_embeds=given, use_cache=False)
+        measured.append(sum(size for size, _ in kept.values()))
+        made = activations(config, positions, 0, trained)
+        copies = 2 * sum(p.numel() for p in net.layers.parameters() if p.dim() == 2)
+        told.append(made.kept + (made.cast + copies if autocast else 0))
+    # What is left out: of each of two norms and four heads a number in float32 a position.
+    assert (measured[1] - measured[0]) - (told[1] - told[0]) == 2 * positions * 4 * (2 + 4)
 
 
 # -- samples, steps, hours

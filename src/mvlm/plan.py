@@ -94,7 +94,9 @@ class Plan:
     positions: int
     """Of a sample: the picture's tokens and the text."""
     blocks: dict[str, int]
-    """Pieces of each part that is run, in the order of the forward, of which ZeRO-3 gathers one at a time."""
+    """Layers, or blocks, of each part that is run, in the order of the forward."""
+    outside: dict[str, int]
+    """Parameters of those parts that lie in no layer: embeddings, head, projector."""
     stages: dict[str, StagePlan]
 
 
@@ -267,10 +269,15 @@ def plan(cfg: DictConfig, devices: int, text: int) -> Plan:
         )
     if not stages:
         raise ValueError("both stages are empty: data.pretrain and data.finetune name no source")
-    lower, tower = plain.vision.depth // 2, plain.vision.depth - 1  # the last block is idle
-    layers = plain.language.config.num_hidden_layers + 1  # and the ends
-    blocks = {"vision.lower": lower, "vision.upper": tower - lower, "projector": 1, "language": layers}
-    return Plan(parameters, plain.image_tokens, positions, blocks, stages)
+    tower, layers = plain.vision.tower.blocks, plain.language.model.layers
+    lower, upper = len(tower) // 2, len(tower) - 1 - len(tower) // 2  # the last block is idle
+    blocks = {"vision.lower": lower, "vision.upper": upper, "projector": 0, "language": len(layers)}
+    inside = {"vision.lower": tower[:lower], "vision.upper": tower[lower:-1], "language": layers}
+    outside = {
+        part: parameters.get(part, 0) - sum(p.numel() for block in inside.get(part, ()) for p in block.parameters())
+        for part in blocks
+    }
+    return Plan(parameters, plain.image_tokens, positions, blocks, outside, stages)
 
 
 def hours(flops: int, devices: int, peak: float, mfu: float) -> float:
@@ -370,6 +377,7 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"scale={cfg.scale}: true for this cell, all for every model and strategy, or null")
     console = Console(highlight=False)
     if cfg.scale:
+        console.width = max(console.width, 100)  # a pipe's is 80
         _scale(cfg, on, console)
         return
     made = plan(cfg, cfg.devices, cfg.text)

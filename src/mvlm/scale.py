@@ -2,24 +2,25 @@
 
     memory   = weights + gradients + optimizer (`held`) + micro-batch * (activations + logits)
     compute  = batch / devices * FLOPs a sample / (peak * mfu)
-    comm     = bytes sent / bus + collectives * hops * latency (`traffic`, `Cluster.seconds`)
+    comm     = bytes sent / bus + rounds * (hops inside nodes * 3.4 us + hops between nodes * 9.6 us)   (`traffic`, `Cluster.seconds`)
     step     = compute + update + comm - min(what may hide of comm, overlap * the computing beside it)
 
-The global batch is the recipe's on any number of devices. W parameters, of which L learn, and the backward passes through T; n devices,
-a micro-batches a step on each:
+The global batch is the recipe's on any number of devices. Of W parameters L learn, R are run, the backward passes through B of these, and O of
+those B lie in no layer (embeddings, head, projector); n devices, each with a micro-batches a step. Bytes, by what `trainer` may be:
 
-    engine   weights      gradients   optimizer   sent by a device in a step
-    ddp      4 W + 2 T    8 L         8 L         2 (n-1)/n * 4 L
-    zero2    2 W          2 L / n     12 L / n    (n-1)/n * (a * 2 L + 2 L)
-    zero3    2 W / n      2 L / n     12 L / n    (n-1)/n * a * (2 W + 2 T + 2 L)
+    engine   weights          gradients   optimizer   sent by a device in a step
+    ddp      4 W + 2 B        4 L         8 L         2 (n-1)/n * 4 L
+    zero2    2 W              2 L / n     12 L / n    (n-1)/n * (a * 2 L + 2 L)
+    fsdp     4 W / n + 2 O    4 L / n     8 L / n     (n-1)/n * a * (2 (R + B - O) + 4 L)
+    zero3    2 W / n          2 L / n     12 L / n    (n-1)/n * a * (2 (R + B) + 2 L)
 
-`ddp` is Lightning's under autocast: float32 weights and gradients, bfloat16 copies of T while a step runs, and the gradients a second time
-in the buckets that are summed (not on one device). `zero2` and `zero3` are DeepSpeed's in bfloat16; FSDP sends what zero3 sends and keeps
-2 W / n bytes more of what is frozen, for it keeps float32. Frozen parts have no gradients, but under zero3 their weights are gathered like
-all others: twice if the backward passes through them, once if not (a frozen tower), never if idle.
+ddp runs under autocast: float32 weights, of which the backward needs bfloat16 copies, and float32 gradients, which lie in the buckets that are
+summed (`gradient_as_bucket_view`). fsdp is torch's `fully_shard` of every layer and block: float32 pieces, gathered in bfloat16, gradients summed
+in float32; what lies in no layer stays gathered for the whole step. zero2 and zero3 are DeepSpeed's, in bfloat16. Frozen weights have no
+gradients, but are gathered like all others: for the backward, too, if it passes through them; never if idle.
 
-Left out: latency that a tree would spare, buffers of DeepSpeed, two gathered blocks of zero3, the allocator's waste, the tower's and projector's
-activations, reading data, stragglers. `mfu` is one device's own; it is assumed, and taken to be the same for all micro-batches.
+Left out: trees, which spare a small all-reduce hops; buffers of DeepSpeed and two gathered layers; activations of tower and projector; the
+allocator's waste; reading data; stragglers. `mfu` is one device's own, an assumption, and taken to be the same for all micro-batches.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 DEVICES = tuple(2**k for k in range(10))
 
-ENGINES = ("ddp", "zero2", "zero3")
+ENGINES = ("ddp", "zero2", "fsdp", "zero3")
 
 LINKS: dict[str, tuple[float, float, float]] = {
     "a100": (300, 25, 2039),
@@ -49,8 +50,8 @@ SXM boards (NVLink 600 and 900 GB/s both ways) and of DGX A100, H100 and H200 (a
 NVLINK_HOP, NETWORK_HOP = 3.4e-6, 9.6e-6
 """Seconds a hop of a ring takes before any byte counts, as NCCL's own model has it (src/graph/tuning.cc, protocol Simple)."""
 
-DDP_BUCKET, ZERO_BUCKET = 25 * 2**20, 2 * 200_000_000
-"""Bytes that are summed at once: torch's `bucket_cap_mb`; Lightning's `reduce_bucket_size`, in numbers of two bytes."""
+DDP_BUCKET, ZERO_BUCKET = 25 * 2**20, 2 * 50_000_000
+"""Bytes that are summed at once: torch's `bucket_cap_mb`; DeepSpeed's `reduce_bucket_size`, 50 million numbers of two bytes."""
 
 UPDATE = 28
 """Bytes that AdamW reads and writes for a learning parameter: weight, gradient and two moments, three of them back."""
@@ -74,6 +75,8 @@ class Cluster:
     """Share of the peak that one device reaches."""
     node: int
     """Devices of a node."""
+    fill: float
+    """Share of the memory that a plan may fill; the rest is for what it leaves out."""
     reached: float
     """Share of a link's rate that collectives reach."""
     overlap: float
@@ -84,7 +87,7 @@ class Cluster:
         """The gpu of that name, or one of another `peak`.
 
         Args:
-            given: node, reached, overlap; and nvlink, network, hbm, which are the gpu's own where None.
+            given: node, fill, reached, overlap; and nvlink, network, hbm, which are the gpu's own where None.
             linked: whether links are needed at all.
 
         Raises:
@@ -97,7 +100,9 @@ class Cluster:
         if linked and (missing := [f"cluster.{key}=<GB/s>" for key, rate in links.items() if rate is None]):
             raise ValueError(f"peak={peak:g} is of a device whose links are not known: also give {', '.join(missing)}")
         name, (peak, memory) = (gpu, GPUS[gpu]) if peak is None else ("device", (peak, None))
-        return cls(name, peak, memory, **links, mfu=mfu, **{k: given[k] for k in ("node", "reached", "overlap")})
+        return cls(
+            name, peak, memory, **links, mfu=mfu, **{k: given[k] for k in ("node", "fill", "reached", "overlap")}
+        )
 
     def bus(self, devices: int) -> float:
         """Bytes a second that each device sends in a ring. NCCL lays a ring through each of a node's adapters, and each takes its part of
@@ -119,16 +124,13 @@ class Parts:
 
     total: int
     learning: int
-    once: int
-    """Run in the forward alone."""
-    twice: int
-    """Run in the forward, and passed by the backward."""
-    blocks: int
-    """Pieces that zero3 gathers one by one: of what is run in the forward alone,"""
-    blocks_twice: int
-    """of what the backward passes through,"""
-    blocks_learning: int
-    """and of what learns."""
+    run: int
+    back: int
+    """Of those that are run: passed by the backward."""
+    outside: int
+    """Of those: in no layer."""
+    rounds: int
+    """Of a ring, in which fsdp and zero3 gather and sum: a layer at a time, and once what lies outside."""
 
     @classmethod
     def of(cls, made: Plan, stage: StagePlan) -> Parts:
@@ -136,15 +138,15 @@ class Parts:
         sizes = {part: made.parameters.get(part, 0) for part in made.blocks}
         sizes["language"] += stage.parameters - sum(made.parameters.values())  # adapters
         first = min(list(sizes).index(part) for part in stage.learning)
-        before, after = list(sizes)[:first], list(sizes)[first:]
+        back = list(sizes)[first:]
+        blocks = [*made.blocks.values(), *(made.blocks[part] for part in [*back, *stage.learning])]
         return cls(
             total=stage.parameters,
             learning=sum(stage.learning.values()),
-            once=sum(sizes[part] for part in before),
-            twice=sum(sizes[part] for part in after),
-            blocks=sum(made.blocks[part] for part in before),
-            blocks_twice=sum(made.blocks[part] for part in after),
-            blocks_learning=sum(made.blocks[part] for part in after if part in stage.learning),
+            run=sum(sizes.values()),
+            back=sum(sizes[part] for part in back),
+            outside=sum(made.outside[part] for part in back),
+            rounds=2 + sum(blocks),
         )
 
 
@@ -165,26 +167,30 @@ class Traffic:
 def held(engine: str, parts: Parts, devices: int) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer on a device; see the table above."""
     if engine == "ddp":
-        gradients = 4 * parts.learning * (1 if devices == 1 else 2)
-        return 4 * parts.total + 2 * parts.twice, gradients, 8 * parts.learning
+        return 4 * parts.total + 2 * parts.back, 4 * parts.learning, 8 * parts.learning
+    if engine == "fsdp":
+        weights, gradients, optimizer = (
+            math.ceil(b / devices) for b in (4 * parts.total, 4 * parts.learning, 8 * parts.learning)
+        )
+        return weights + 2 * parts.outside, gradients, optimizer
     return states(parts.total, parts.learning, devices, zero=int(engine[-1]))
 
 
 def traffic(engine: str, parts: Parts, devices: int, accumulation: int) -> Traffic:
     """What a device sends in an optimizer step of `accumulation` micro-batches; see the table above.
 
-    ddp sums float32 gradients after the last micro-batch. zero2 hands bfloat16 gradients to their owners after each (reduce-scatter)
-    and gathers the new weights when the step is done. zero3 gathers the weights for each forward and each backward.
+    ddp sums gradients with the last micro-batch. zero2 hands them to their owners with each (a reduce-scatter) and gathers the new
+    weights when the step is done. fsdp and zero3 gather the weights for each forward and each backward, and hand gradients over with each.
     """
-    share, gradients = (devices - 1) / devices, 2 * parts.learning
+    share, half = (devices - 1) / devices, 2 * parts.learning
     if engine == "ddp":
-        return Traffic(2 * share * 2 * gradients, 0, 2 * math.ceil(2 * gradients / DDP_BUCKET), 0)
+        return Traffic(2 * share * 2 * half, 0, 2 * math.ceil(2 * half / DDP_BUCKET), 0)
     if engine == "zero2":
-        buckets = math.ceil(gradients / ZERO_BUCKET)
-        return Traffic(share * accumulation * gradients, share * gradients, accumulation * buckets, buckets)
-    gathered = 2 * (parts.once + 2 * parts.twice)
-    blocks = parts.blocks + 2 * parts.blocks_twice + parts.blocks_learning
-    return Traffic(share * accumulation * (gathered + gradients), 0, accumulation * blocks, 0)
+        buckets = math.ceil(half / ZERO_BUCKET)
+        return Traffic(share * accumulation * half, share * half, accumulation * buckets, buckets)
+    gathered = 2 * (parts.run + parts.back - (parts.outside if engine == "fsdp" else 0))
+    handed = 2 * half if engine == "fsdp" else half
+    return Traffic(share * accumulation * (gathered + handed), 0, accumulation * parts.rounds, 0)
 
 
 @dataclass(frozen=True)
@@ -262,11 +268,11 @@ def row(
 
     compute = stage.batch / devices * stage.work.total / (cluster.peak * 1e12 * cluster.mfu)
     backward = compute * stage.work.backward / stage.work.total
-    beside = {"ddp": backward / accumulation, "zero2": backward, "zero3": compute}[engine]
+    beside = {"ddp": backward / accumulation, "zero2": backward}.get(engine, compute)
     may_hide = cluster.seconds(moved.beside, moved.rings_beside, devices)
     hidden = min(may_hide, cluster.overlap * beside)
     comm = may_hide + cluster.seconds(moved.alone, moved.rings_alone, devices)
-    # One device's update is in its mfu. On several, ddp does the whole of it for fewer samples, and ZeRO a part.
+    # One device's update is in its mfu. Of several, each does all of it under ddp for fewer samples; else its part.
     whole = UPDATE * parts.learning / (cluster.hbm * 1e9)
     update = whole * (1 - 1 / devices) if engine == "ddp" else 0.0
     step = compute + update + comm - hidden
@@ -286,23 +292,26 @@ def row(
         hours=stage.samples / rate / 3600,
         gpu_hours=stage.samples / rate / 3600 * devices,
         efficiency=stage.batch * stage.work.total / (cluster.peak * 1e12 * cluster.mfu) / step / devices,
-        fits=cluster.memory is None or most <= cluster.memory * 1e9,
+        fits=cluster.memory is None or most <= cluster.fill * cluster.memory * 1e9,
     )  # fmt: skip
 
 
 def best(made: Plan, stage: StagePlan, cluster: Cluster, devices: int, longest: int, checkpointing: bool) -> Row:
-    """The largest micro-batch up to the recipe's with which an engine fits; of the engines that do and are within 5 % of the quickest,
-    the one that sends least, as how much of that hides is an assumption.
+    """The engine and micro-batch, up to the recipe's, to train with: of all that fit and are within 5 % of the quickest, the largest micro-batch,
+    for mfu will hold for it best, and with that the engine that sends least, as how much of that hides is an assumption.
 
     If none fits, zero3 one sample at a time, which needs the least.
     """
     each = stage.batch // devices
-    for micro_batch in (m for m in range(min(stage.micro_batch, each), 0, -1) if each % m == 0):
-        tried = [row(made, stage, cluster, devices, e, micro_batch, longest, checkpointing) for e in ENGINES]
-        if fit := [one for one in tried if one.fits]:
-            quickest = min(one.step for one in fit)
-            return min((one for one in fit if one.step <= 1.05 * quickest), key=lambda one: one.sent)
-    return tried[-1]
+    tried = [
+        row(made, stage, cluster, devices, engine, micro_batch, longest, checkpointing)
+        for micro_batch in range(min(stage.micro_batch, each), 0, -1)
+        if each % micro_batch == 0
+        for engine in ENGINES
+    ]
+    fit = [one for one in tried if one.fits]
+    quick = [one for one in fit if one.step <= 1.05 * min(other.step for other in fit)]
+    return min(quick, key=lambda one: (-one.micro_batch, one.sent)) if fit else tried[-1]
 
 
 @dataclass(frozen=True)
@@ -339,19 +348,20 @@ def plain(stages: dict[str, Scaled]) -> dict[str, Any]:
 
 def memory_table(name: str, stage: Scaled, cluster: Cluster, positions: int, longest: int) -> Table:
     """A row a number of devices."""
-    limit = f" of {cluster.memory:g}" if cluster.memory else ""
+    limit = f", of {cluster.memory:g}" if cluster.memory else ""
     title = f"{name}: GB a device{limit}, at {positions} positions a sample; `longest`: {longest:,} of text"
     columns = ("devices", "engine", "batch", "weights", "grads", "optimizer", "activations", "sum", "longest")
     table = new_table(title, *columns)
-    for n, one in stage.rows.items():
+    for n in sorted({*stage.rows, *stage.impossible}):
+        if (one := stage.rows.get(n)) is None:
+            table.add_row(f"{n}", "[red]impossible[/]")
+            continue
         sizes = (one.weights, one.gradients, one.optimizer, one.activations, one.states + one.activations, one.longest)
         cells = [f"{size / 1e9:,.1f}" for size in sizes]
         if not one.fits:
             cells[-1] = f"[red]{cells[-1]}[/]"
         split = f"{one.micro_batch}" + (f" x {one.accumulation}" if one.accumulation > 1 else "")
         table.add_row(f"{n}", one.engine, split, *cells)
-    for n in stage.impossible:
-        table.add_row(f"{n}", "[red]impossible[/]")
     return table
 
 
@@ -382,7 +392,7 @@ def time_table(name: str, stage: Scaled) -> Table:
 def hours_table(stages: dict[str, Scaled]) -> Table:
     """Each stage's hours and the sum, where all stages can be run."""
     table = new_table("Hours", "devices", *stages, "together", "GPU-hours", "efficiency")
-    for n in dict.fromkeys(n for stage in stages.values() for n in (*stage.rows, *stage.impossible)):
+    for n in sorted({n for stage in stages.values() for n in (*stage.rows, *stage.impossible)}):
         rows = [stage.rows.get(n) for stage in stages.values()]
         cells = [f"{one.hours:,.3g}" if one and one.fits else "-" for one in rows]
         table.add_row(f"{n}", *cells, *(together(rows) or ("-", "-", "-")))
@@ -420,21 +430,23 @@ def together(rows: Sequence[Row | None]) -> tuple[str, str, str] | None:
 
 def notes(stages: dict[str, Scaled], cluster: Cluster, checkpointing: bool) -> list[str]:
     """What the tables do not say themselves: what is impossible or does not fit, with the cure, and what was assumed."""
-    wrong = [f"{name}, {told}." for name, stage in stages.items() for told in stage.impossible.values()]
+    wrong = []
     for name, stage in stages.items():
+        told = dict(sorted(stage.impossible.items()))
+        too_many = [n for n in told if n > max(stage.rows, default=0)][:-1]  # the largest says it for all
+        wrong += [f"{name}, {reason}." for n, reason in told.items() if n not in too_many]
         if big := [one for one in stage.rows.values() if not one.fits]:
-            cure = "" if checkpointing else ", checkpointing=true"
             wrong.append(
-                f"{name}, {', '.join(str(one.devices) for one in big)} devices: {big[0].engine} with a micro-batch of 1 needs "
-                f"{big[0].longest / 1e9:,.1f} GB for the longest dialogue and {cluster.name} has {cluster.memory:g}. Take more devices{cure}, "
-                "a shorter longest=, or a larger gpu."
+                f"{name}, {' and '.join(str(one.devices) for one in big)} devices: even {big[0].engine} with a micro-batch of 1 needs "
+                f"{big[0].longest / 1e9:,.1f} GB for the longest dialogue, and {cluster.fill:.0%} of {cluster.memory:g} may be filled. Take more "
+                f"devices{'' if checkpointing else ', checkpointing=true'}, a shorter `longest`, or a gpu with more memory."
             )
     return [
         *wrong,
-        f"Nothing of this was measured on GPUs. Assumed: a {cluster.name} reaches {cluster.mfu:.0%} of {cluster.peak:g} "
+        f"Nothing of this was measured on GPUs. Assumed: {cluster.name} reaches {cluster.mfu:.0%} of {cluster.peak:g} "
         f"TFLOP/s on any micro-batch (mfu={cluster.mfu:g}); links of {cluster.nvlink:g} GB/s inside a node of "
         f"{cluster.node} and {cluster.network:g} GB/s a device between nodes, {cluster.reached:.0%} of which is reached; "
         f"communication hides behind at most {cluster.overlap:.0%} of the computing beside it.",
-        "`batch` is the micro-batch x how many of them a device adds up: the largest with which the longest dialogues "
-        "fit, by the engine that is quick with it and sends least. Formulas: mvlm/scale.py.",
+        "`batch` is the micro-batch x how many of them a device adds up; it and the engine are chosen so that the longest "
+        "dialogues fit and a step is quick. Formulas: mvlm/scale.py.",
     ]
