@@ -1,24 +1,30 @@
 """What a cell of a table costs: parameters, tokens, FLOPs, memory and hours. Nothing is downloaded, no weight is made.
 
 python -m mvlm.plan model=1.7b projector=ldpv2 data=v2 strategy=unfreeze_llm devices=8 gpu=h100 mfu=0.35
+python -m mvlm.plan model=1.7b gpu=h100 scale=true             # on 1 to 512 devices (mvlm.scale)
+python -m mvlm.plan gpu=h100 scale=all json=scale.json         # every model and strategy so
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvlm.cli import script
+from mvlm.cli import groups, script
 
 # torch, timm and transformers take seconds to import and `--help` needs none of them: imported where they are used.
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from rich.console import Console
     from rich.table import Table
 
     from mvlm.model.mobilevlm import MobileVLM
+    from mvlm.scale import Cluster
 
 GPUS: dict[str, tuple[float, float]] = {"a100": (312, 80), "h100": (989, 80), "h200": (989, 141)}
 """Dense bfloat16 TFLOP/s and GB of memory, from NVIDIA's data sheets (SXM boards)."""
@@ -53,6 +59,8 @@ class Activations:
     kept: int
     checkpointed: int
     logits: int
+    cast: int
+    """What autocast keeps beside `kept`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class StagePlan:
 
     samples: int
     steps: int
+    batch: int
     micro_batch: int
     parameters: int
     """In all, the stage's adapters among them."""
@@ -84,6 +93,10 @@ class Plan:
     image_tokens: int
     positions: int
     """Of a sample: the picture's tokens and the text."""
+    blocks: dict[str, int]
+    """Layers, or blocks, of each part that is run, in the order of the forward."""
+    outside: dict[str, int]
+    """Parameters of those parts that lie in no layer: embeddings, head, projector."""
     stages: dict[str, StagePlan]
 
 
@@ -172,13 +185,15 @@ def activations(language: Any, positions: int, words: int, trained: bool) -> Act
     (8 D bytes); queries, keys, values and the attention's output (4 D + 4 K); the MLP's gate, activated gate and up
     (6 F); where its weights learn, also the normalised inputs before and after their scale (8 D) and the MLP's
     product (2 F). With checkpointing only each layer's input (2 D) and one whole layer are there at a time. Logits:
-    12 bytes a word of the vocabulary at the worst moment (bfloat16 and float32, values and gradients). Left out:
-    tower, projector, the allocator's waste, buffers of communication.
+    12 bytes a word of the vocabulary at the worst moment (bfloat16 and float32, values and gradients). Autocast over
+    float32 weights that learn keeps each norm's output in float32 and a copy for each of the five products that read
+    it (10 D more). Left out: tower, projector, the allocator's waste, buffers of communication.
     """
     width, mlp, layers = language.hidden_size, language.intermediate_size, language.num_hidden_layers
     keys = width // language.num_attention_heads * language.num_key_value_heads
     layer = positions * (12 * width + 4 * keys + 6 * mlp + (8 * width + 2 * mlp if trained else 0))
-    return Activations(layers * layer, layers * positions * 2 * width + layer, words * language.vocab_size * 12)
+    checkpointed, cast = layers * positions * 2 * width + layer, 10 * width * layers * positions * trained
+    return Activations(layers * layer, checkpointed, words * language.vocab_size * 12, cast)
 
 
 def states(total: int, learning: int, devices: int, zero: int) -> tuple[int, int, int]:
@@ -245,6 +260,7 @@ def plan(cfg: DictConfig, devices: int, text: int) -> Plan:
         stages[name] = StagePlan(
             samples=seen,
             steps=math.ceil(samples / recipe.batch) * recipe.epochs,
+            batch=recipe.batch,
             micro_batch=min(recipe.micro_batch, max(1, recipe.batch // devices)),
             parameters=sum(count_parts(model).values()),
             learning=learning,
@@ -253,7 +269,15 @@ def plan(cfg: DictConfig, devices: int, text: int) -> Plan:
         )
     if not stages:
         raise ValueError("both stages are empty: data.pretrain and data.finetune name no source")
-    return Plan(parameters, plain.image_tokens, positions, stages)
+    tower, layers = plain.vision.tower.blocks, plain.language.model.layers
+    lower, upper = len(tower) // 2, len(tower) - 1 - len(tower) // 2  # the last block is idle
+    blocks = {"vision.lower": lower, "vision.upper": upper, "projector": 0, "language": len(layers)}
+    inside = {"vision.lower": tower[:lower], "vision.upper": tower[lower:-1], "language": layers}
+    outside = {
+        part: parameters.get(part, 0) - sum(p.numel() for block in inside.get(part, ()) for p in block.parameters())
+        for part in blocks
+    }
+    return Plan(parameters, plain.image_tokens, positions, blocks, outside, stages)
 
 
 def hours(flops: int, devices: int, peak: float, mfu: float) -> float:
@@ -261,7 +285,8 @@ def hours(flops: int, devices: int, peak: float, mfu: float) -> float:
     return flops / (devices * peak * 1e12 * mfu) / 3600
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """A table as this command prints them: names to the left, numbers to the right."""
     from rich import box
     from rich.table import Table
 
@@ -278,7 +303,7 @@ def _unit(size: int) -> tuple[str, int]:
 
 
 def _parameters_table(made: Plan, cell: str) -> Table:
-    table = _table(f"Parameters of {cell}", "part", "in all", *(f"learn in {name}" for name in made.stages))
+    table = new_table(f"Parameters of {cell}", "part", "in all", *(f"learn in {name}" for name in made.stages))
     for part, count in made.parameters.items():
         learning = (stage.learning.get(part, 0) for stage in made.stages.values())
         name = f"{part} (idle)" if part.endswith("unused") else part
@@ -291,7 +316,7 @@ def _parameters_table(made: Plan, cell: str) -> Table:
 def _work_table(made: Plan) -> Table:
     text = made.positions - made.image_tokens
     title = f"GFLOPs a sample: {made.image_tokens} tokens of the picture + {text} of text (assumed)"
-    table = _table(title, "stage", "vision", "projector", "language", "backward", "total")
+    table = new_table(title, "stage", "vision", "projector", "language", "backward", "total")
     for name, stage in made.stages.items():
         w = stage.work
         numbers = (w.vision, w.projector, w.language, w.backward, w.total)
@@ -303,7 +328,7 @@ def _memory_table(made: Plan, devices: int, memory: float | None) -> Table:
     counts = sorted({1, 2, 4, 8, devices})
     unit, size = _unit(sum(states(sum(made.parameters.values()), 0, 1, 0)))
     title = f"{unit} of parameters a device, by number of devices; with {devices}, what they are"
-    table = _table(title, "stage", "ZeRO", *map(str, counts), "weights", "grads", "optimizer")
+    table = new_table(title, "stage", "ZeRO", *map(str, counts), "weights", "grads", "optimizer")
     for name, stage in made.stages.items():
         for zero in range(4):
             held = {n: states(stage.parameters, sum(stage.learning.values()), n, zero) for n in counts}
@@ -316,7 +341,7 @@ def _memory_table(made: Plan, devices: int, memory: float | None) -> Table:
 def _activations_table(made: Plan) -> Table:
     unit, size = _unit(max(stage.micro_batch * stage.activations.kept for stage in made.stages.values()))
     title = f"{unit} of activations a device on top (estimate)"
-    table = _table(title, "stage", "micro-batch", "all kept", "checkpointed", "logits")
+    table = new_table(title, "stage", "micro-batch", "all kept", "checkpointed", "logits")
     for name, stage in made.stages.items():
         a, n = stage.activations, stage.micro_batch
         table.add_row(name, str(n), *(f"{n * b / size:,.2f}" for b in (a.kept, a.checkpointed, a.logits)))
@@ -328,7 +353,7 @@ def _time_table(made: Plan, cell: str, devices: int, gpu: str, peak: float, mfu:
     title = f"Time on {devices} x {gpu} at {mfu:.0%} of {peak:,g} TFLOP/s"
     title += "; the paper's own on 8 x a100" if published else ""
     paper = ("its steps", "hours", "of peak") if published else ()
-    table = _table(title, "stage", "samples", "steps", "FLOPs", "hours", *paper)
+    table = new_table(title, "stage", "samples", "steps", "FLOPs", "hours", *paper)
     for name, stage in made.stages.items():
         ours = hours(stage.flops, devices, peak, mfu)
         row = [f"{stage.samples:,}", f"{stage.steps:,}", f"{stage.flops:.2e}", f"{ours:,.3g}"]
@@ -342,26 +367,81 @@ def _time_table(made: Plan, cell: str, devices: int, gpu: str, peak: float, mfu:
 
 
 def main(cfg: DictConfig) -> None:
-    """Print the plan of a cell."""
+    """Print the plan of a cell, on some devices or over numbers of devices, or of every model and strategy."""
     from rich.console import Console
 
-    if cfg.peak is None and cfg.gpu not in GPUS:
-        raise ValueError(f"gpu={cfg.gpu}: known are {', '.join(GPUS)}; for another device give peak=<its TFLOP/s>")
-    gpu, (peak, memory) = (cfg.gpu, GPUS[cfg.gpu]) if cfg.peak is None else ("device", (cfg.peak, None))
-    made = plan(cfg, cfg.devices, cfg.text)
+    from mvlm.scale import Cluster
+
+    on = Cluster.named(cfg.gpu, cfg.peak, cfg.mfu, cfg.cluster, linked=bool(cfg.scale))
+    if cfg.scale not in (None, False, True, "all"):
+        raise ValueError(f"scale={cfg.scale}: true for this cell, all for every model and strategy, or null")
     console = Console(highlight=False)
+    if cfg.scale:
+        console.width = max(console.width, 100)  # a pipe's is 80
+        _scale(cfg, on, console)
+        return
+    made = plan(cfg, cfg.devices, cfg.text)
     console.print(
         _parameters_table(made, cfg.cell),
         _work_table(made),
-        _memory_table(made, cfg.devices, memory),
+        _memory_table(made, cfg.devices, on.memory),
         _activations_table(made),
-        _time_table(made, cfg.cell, cfg.devices, gpu, peak, cfg.mfu),
+        _time_table(made, cfg.cell, cfg.devices, on.name, on.peak, cfg.mfu),
         "Every sample is taken to have a picture. FLOPs are of matrix products and convolutions, attention whole; "
         "loading and scoring are not counted.",
         "Memory: bfloat16 weights and gradients, float32 master weights and two moments of what learns"
-        + (f"; red alone exceeds a device's {memory:g} GB." if memory else "."),
+        + (f"; red alone exceeds a device's {on.memory:g} GB." if on.memory else "."),
         sep="\n",
     )
+    if cfg.json:
+        _write(cfg.json, {cfg.cell: asdict(made)})
+
+
+def _scale(cfg: DictConfig, on: Cluster, console: Console) -> None:
+    """`scale=true` and `scale=all`: see `mvlm.scale`."""
+    from rich.progress import track
+
+    from mvlm import scale
+
+    devices = sorted({*scale.DEVICES, cfg.devices})
+    cells = {(cfg.cell,): cfg} if cfg.scale is True else every_cell()
+    waiting = cells.items() if len(cells) == 1 else track(cells.items(), "planning", console=console, transient=True)
+    found, longest = {}, {}
+    for cell, one in waiting:
+        longest[cell] = cfg.longest or one.recipe.max_length
+        made = plan(one, 1, cfg.text)
+        found[cell] = scale.scaled(made, on, longest[cell], cfg.checkpointing, devices)
+    if cfg.scale is True:
+        (stages,) = found.values()
+        for name, stage in stages.items():
+            console.print(
+                scale.memory_table(name, stage, on, made.positions, longest[cell]),
+                scale.time_table(name, stage),
+                sep="\n",
+            )
+        console.print(scale.hours_table(stages), *scale.notes(stages, on, cfg.checkpointing), sep="\n")
+    else:
+        console.print(scale.every_table(found), *scale.notes({}, on, cfg.checkpointing), sep="\n")
+    if cfg.json:
+        told = {"assumed": asdict(on) | {"text": cfg.text, "checkpointing": cfg.checkpointing}}
+        _write(
+            cfg.json,
+            told | {"-".join(cell): scale.plain(stages) | {"longest": longest[cell]} for cell, stages in found.items()},
+        )
+
+
+def every_cell() -> dict[tuple[str, str], DictConfig]:
+    """This command's configuration with each model and strategy, by their names."""
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    said = [o for o in HydraConfig.get().overrides.task if o.split("=")[0] not in ("model", "strategy")]
+    pairs = product(groups()["model"], groups()["strategy"])
+    return {(m, s): compose("plan", [*said, f"model={m}", f"strategy={s}"]) for m, s in pairs}
+
+
+def _write(path: str, told: dict[str, Any]) -> None:
+    Path(path).write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":
