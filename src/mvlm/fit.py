@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mvlm import build, score
+from mvlm import build, engine, score
 from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
 from mvlm.data.corpus import Corpus
@@ -60,7 +60,12 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
         ValueError: no data, an unknown start, a strategy that misses a part, a batch that cannot be split, too many dialogues
             without labels, a validation that cannot be.
     """
-    validation(cfg, files)
+    world, engines, why = world_size(cfg.trainer), {}, []
+    for stage, mixture in data.items():
+        if mixture is not None and not run.finished(stage):
+            engines[stage], told = engine.chosen(cfg, stage, mixture, world)
+            why.append(told)
+    validation(cfg, files, engines.values())
     if not any(data.values()):
         raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
     if cfg.recipe.start not in ("random", "words"):
@@ -86,7 +91,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
         hashes |= {f"{stage}/{d.source}": d.sha256 for d in mixture.datasets}
     run.note(data_sha256=hashes)
-    Console().print(table)
+    Console().print(table, *(why if world > 1 else []), sep="\n")
 
 
 def check_labels(stage: str, mixture: Mixture) -> None:
@@ -108,8 +113,11 @@ def check_labels(stage: str, mixture: Mixture) -> None:
         )
 
 
-def validation(cfg: DictConfig, files: Corpus) -> list[BenchmarkMetric]:
+def validation(cfg: DictConfig, files: Corpus, engines: Collection[str] = ()) -> list[BenchmarkMetric]:
     """What the model answers while it trains; nothing with `val_every=null`.
+
+    Args:
+        engines: that train the stages; by the trainer's `strategy` if none is named.
 
     Raises:
         ValueError: a benchmark's files are missing; numbers below 1; the weights will lie in pieces on several devices.
@@ -121,10 +129,10 @@ def validation(cfg: DictConfig, files: Corpus) -> list[BenchmarkMetric]:
             f"val_every={cfg.val_every} and val_items={cfg.val_items} count optimizer steps and questions: at least 1 each; "
             "val_every=null validates never"
         )
-    if sharded(cfg):
+    if sharded := {*(engines or [engine.name(cfg.trainer.strategy)])} & {*engine.SHARDED}:
         raise ValueError(
-            f"val_every={cfg.val_every}: trainer.strategy={cfg.trainer.strategy} keeps a piece of the weights on each device, and "
-            "answering needs all of them. Set val_every=null, or trainer.strategy=ddp or deepspeed_stage_2"
+            f"val_every={cfg.val_every}: with {sharded.pop()} each device keeps a piece of the weights (trainer.strategy="
+            f"{cfg.trainer.strategy}), and answering needs all of them. Set val_every=null, trainer=ddp or trainer=zero2"
         )
     return [
         BenchmarkMetric(b, cfg.val_items)
@@ -132,11 +140,6 @@ def validation(cfg: DictConfig, files: Corpus) -> list[BenchmarkMetric]:
             cfg, cfg.benchmark, files, folder=cfg.benchmark_root, protocol=cfg.protocol, any_version=cfg.any_version
         )
     ]
-
-
-def sharded(cfg: DictConfig) -> bool:
-    """Whether the trainer keeps a piece of the weights on each device."""
-    return any(word in str(cfg.trainer.strategy) for word in ("stage_3", "fsdp"))
 
 
 def stage(
@@ -149,12 +152,21 @@ def stage(
     words: Tokenizer,
     wandb: WandbLogger | None = None,
 ) -> None:
-    """Train a stage and save it. The model goes on from the stage before, or from its pretrained parts."""
+    """Train a stage and save it. The model goes on from the stage before, or from its pretrained parts.
+
+    An engine that cuts the model up (all but plain and DDP) uses it up: it is left without its parts, whose memory is free again, and the
+    next stage builds another.
+    """
     quiet()
     began = time.monotonic()
+    world = world_size(cfg.trainer)
+    how, _ = engine.chosen(cfg, name, data[name], world)
+    if not hasattr(model, "language"):
+        model = build.model(cfg)
     recipe, folder = cfg.recipe[name], run.folder / name
     trainer_arguments = OmegaConf.to_container(cfg.trainer, resolve=True) | {
-        "precision": build.precision(cfg.trainer.precision)
+        "precision": build.precision(cfg.trainer.precision),
+        "strategy": engine.strategy(how, cfg.trainer.strategy, world),
     }
     autocast = build.autocast_type(trainer_arguments["precision"])
     before = next((s for s in build.STAGES[: build.STAGES.index(name)] if run.finished(s)), None)
@@ -165,17 +177,19 @@ def stage(
 
     from_words = cfg.recipe.start == "words" and not before
     vision_rates = [r for s in cfg.strategy.values() for part, r in s.rates.items() if part.startswith("vision")]
-    # Of sharded weights every device must run the tower.
-    if cfg.recipe.cache_features and not sharded(cfg) and all(rate is None for rate in vision_rates):
+    frozen, in_pieces = all(rate is None for rate in vision_rates), how in engine.SHARDED
+    if cfg.recipe.cache_features and frozen and (from_words or not in_pieces):
         more = sorted(map(str, (files.root / "pictures").glob("*.jpg"))) if from_words else []
         cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
-    facts: dict = {}
+    facts: dict = {"engine": how}
     if from_words:
         facts["start"] = start_from_words(model, data[name], files, words, autocast)
+    if in_pieces:  # a device without pictures runs the tower on a blank one, and the others must then run it, too
+        for dataset in (d for m in data.values() if m for d in m.datasets):
+            dataset.features = None
 
     adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
     mixture, held_out = hold_out(data[name], HELD_OUT)
-    world = world_size(trainer_arguments)
     loader = StepData(
         mixture, recipe.batch, recipe.micro_batch, world_size=world, workers=cfg.workers, seed=cfg.seed, order=recipe.order,
         pad_id=words.pad_id, pin_memory=torch.cuda.is_available(),
@@ -190,7 +204,7 @@ def stage(
         held_out=collate(held_out, words.pad_id) if held_out else None,
     )
     watching = []
-    if metrics := validation(cfg, files):
+    if metrics := validation(cfg, files, [how]):
         answering = build.asking(cfg, words, lambda: model) | {"batch_size": 32, "max_new_tokens": 32}
         watching = [Validation(metrics, cfg.val_every, precision=autocast or torch.float32, **answering)]
     trainer = L.Trainer(
@@ -204,11 +218,16 @@ def stage(
     )
     projector_parameters = sum(p.numel() for p in model.projector.parameters())  # sharding leaves them without a size
     trainer.fit(module, loader)
-    if adapters is not None:
-        model.language = adapters.merge_and_unload()
+    if module.weights is None:
+        if adapters is not None:
+            model.language = adapters.merge_and_unload()
+        done = model
+    else:
+        del model.vision, model.projector, model.language
+        done = engine.in_one_piece(cfg, name, module.weights) if trainer.is_global_zero else None
     if trainer.is_global_zero:
         look = {**OmegaConf.to_container(cfg.model.pictures), "mode": recipe.pictures}
-        save_checkpoint(model, folder, extras={"image_aspect_ratio": recipe.pictures, "mvlm_pictures": look})
+        save_checkpoint(done, folder, extras={"image_aspect_ratio": recipe.pictures, "mvlm_pictures": look})
         seconds = time.monotonic() - began
         write_json(
             folder / "stage.json",

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from mvlm.strategy.sharding import piece
+
 Rates = Mapping[str, float | None]
 
 
@@ -76,10 +78,10 @@ def freeze_and_group(model: nn.Module, rates: Rates) -> list[dict]:
 
 
 def fingerprints(model: nn.Module) -> dict[str, int]:
-    """A number a part that changes if any bit of its weights does (a wrapping sum of their bit patterns)."""
+    """A number a part that changes if any bit of its weights on this device does (a wrapping sum of their bit patterns)."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
-        part: int(sum(int(p.detach().view(whole[p.element_size()]).sum(dtype=torch.int64)) for p in parameters))
+        part: int(sum(p.view(whole[p.element_size()]).sum(dtype=torch.int64) for p in map(piece, parameters)))
         for part, parameters in by_part(model).items()
     }
 

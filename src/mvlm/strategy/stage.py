@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from mvlm.batch import Batch
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.strategy.parameters import Rates, fingerprints, freeze_and_group, verify_moved
+from mvlm.strategy.sharding import shard, whole
 
 
 def cosine_with_warmup(step: int, steps: int, warmup: int) -> float:
@@ -59,10 +63,24 @@ class Stage(L.LightningModule):
         self.steps, self.warmup = steps, math.ceil(warmup * steps)
         self.adam = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         self.name, self.held_out, self.look_every = name, held_out, look_every
-        self.groups = freeze_and_group(model, rates)
+        self.rates, self.groups = rates, freeze_and_group(model, rates)
         self.moved: dict[str, bool] = {}
         self.history: list[dict[str, float]] = []
+        self.weights: dict[str, Tensor] | None = None
+        """After a training in pieces: all of them, on the first process (`mvlm.strategy.sharding.whole`)."""
         self._sum = 0.0
+
+    def configure_model(self) -> None:
+        """Called when the processes know one another. Here FSDP2 cuts the model; DDP and DeepSpeed do so by themselves."""
+        if self.device_mesh is None:
+            return
+        half = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else None
+        shard(self.model, self.device_mesh["data_parallel"], half)
+        self.groups = freeze_and_group(self.model, self.rates)
+
+    @property
+    def _deepspeed(self) -> bool:
+        return isinstance(self.trainer.strategy, DeepSpeedStrategy)
 
     def configure_optimizers(self) -> dict:
         """AdamW on the parts that learn, each at its own rate."""
@@ -74,14 +92,22 @@ class Stage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """By norm. Lightning refuses a fused AdamW here, as its own unscaling would come too late; without scaling it need not."""
+        """By the norm over all devices' pieces. Lightning refuses a fused AdamW here, as its own unscaling would come too late; without
+        scaling it need not. DeepSpeed clips by itself."""
+        if self._deepspeed:
+            return
         if not self._fused:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             torch.nn.utils.clip_grad_norm_([p for g in self.groups for p in g["params"]], gradient_clip_val)
 
     def on_fit_start(self) -> None:
-        self._before = fingerprints(self.model)
+        self._before = self._fingerprints()
+
+    def _fingerprints(self) -> dict[str, int]:
+        """Of all devices' pieces."""
+        here = fingerprints(self.model)
+        return dict(zip(here, self._over_devices(list(here.values())), strict=True))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The micro-batch's share of the step's loss, weighed by tokens.
@@ -95,6 +121,8 @@ class Stage(L.LightningModule):
         if tokens == 0:
             raise ValueError(f"no token of this step is labelled, there is nothing to learn: samples {batch.ids}")
         self._sum += float(loss.total.detach()) / tokens
+        if self._deepspeed:  # it divides by the number of micro-batches once more
+            share *= self.trainer.accumulate_grad_batches
         return loss.total * (share / tokens)
 
     def on_train_batch_end(self, outputs, batch: Batch, index: int) -> None:
@@ -109,23 +137,27 @@ class Stage(L.LightningModule):
             self.log("sight", entry["sight_gap"], prog_bar=True, logger=False, rank_zero_only=True)
         self.history.append(entry)
 
-    def _over_devices(self, number: float) -> float:
-        """A number summed over all devices."""
+    def _over_devices(self, number: Any) -> Any:
+        """A number, or each of a list, summed over all devices."""
         if self.trainer.world_size == 1:
             return number
         everyone = torch.tensor(number, device=self.device)
         dist.all_reduce(everyone)
-        return everyone.item()
+        return everyone.tolist()
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
         """Loss a token on the held-out batch with the true pictures, with each other's, and the difference: zero is blind."""
-        batch = self.held_out.to(self.device)
+        batch = self.trainer.precision_plugin.convert_input(self.held_out.to(self.device))
         source = "features" if batch.features is not None else "pixels"
         swapped = replace(batch, **{source: getattr(batch, source).roll(1, 0)})
         with self.trainer.precision_plugin.forward_context():
             true, other = (float(loss.total) / loss.tokens for loss in (self.model(batch), self.model(swapped)))
+        if isinstance(self.model, FSDPModule):  # without a backward, the outer weights would stay in one piece
+            self.model.reshard()
         return {"sight_true": true, "sight_shuffled": other, "sight_gap": other - true}
 
     def on_train_end(self) -> None:
-        self.moved = verify_moved(self._before, fingerprints(self.model), {g["name"] for g in self.groups})
+        self.moved = verify_moved(self._before, self._fingerprints(), {g["name"] for g in self.groups})
+        if self._deepspeed or isinstance(self.model, FSDPModule):
+            self.weights = whole(self.model)
