@@ -279,6 +279,8 @@ def test_bad_files_are_said(make, tmp_path):
         make([TEXT], max_length=0)
     with pytest.raises(ValueError, match="nested too deeply"):
         make("[" * 200_000)
+    with pytest.raises(ValueError, match=r"data\.json is not JSON: line 2, column 1: .*4300 digits"):
+        make('[{},\n{"id": ' + "7" * 5000 + "}]")
     with pytest.raises(ValueError, match="there is no annotation file"):
         LlavaDataset(
             tmp_path / "none.json", None, template("v1"), TOKENIZER, Pictures(14, "pad", **CLIP), image_tokens=2
@@ -359,10 +361,10 @@ def test_a_megabyte_of_text(text, make):
     """It is cut, and takes seconds at most: BPE of one endless word would be quadratic if done naively."""
     began = time.process_time()
     turns = [{"from": "human", "value": f"<image>{text}"}, {"from": "gpt", "value": "A boat."}]
-    dataset = make([record(conversations=turns), TEXT], max_length=50)
+    dataset = make([record(conversations=turns), TEXT], max_length=200)
     sample = dataset[0]
     assert time.process_time() - began < 10
-    assert len(sample.input_ids) <= 52 and sample.input_ids.count(IMAGE_TOKEN) == 2
+    assert 130 < len(sample.input_ids) <= 201 and sample.input_ids.count(IMAGE_TOKEN) == 2
     assert dataset[1].id == "t"
 
 
@@ -376,7 +378,9 @@ def test_equal_ids_are_fine(make):
     ]
 
 
-SAID = st.lists(st.sampled_from([*ODD, "<image>", "boat"]) | st.text(max_size=4), max_size=4).map("".join)
+SAID = st.lists(st.sampled_from([*ODD, "<image>", "<im<image>age>", "boat"]) | st.text(max_size=4), max_size=4).map(
+    "".join
+)
 TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]), "value": SAID})
 ANY = st.recursive(
     st.none()
@@ -403,7 +407,7 @@ ANYTHING_LIKE = ANY | st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(records=st.lists(ANYTHING_LIKE, max_size=6), version=st.sampled_from(["v1", "plain"]))
 def test_any_record(records, version, make, tmp_path):

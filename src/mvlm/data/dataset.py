@@ -322,7 +322,8 @@ class LlavaDataset(Dataset[Sample]):
 
     def _where(self, number: int, name: str | None = None) -> str:
         told = "" if name is None else f" (id {name})"
-        return f"source {self.source}: {self.annotations}, record {number}{told}"
+        source = "" if self.source == str(self.annotations) else f"source {self.source}: "
+        return f"{source}{self.annotations}, record {number}{told}"
 
 
 def shown(value: object, length: int = 300) -> str:
