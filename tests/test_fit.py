@@ -100,7 +100,8 @@ def test_bad_samples_are_skipped_by_policy(configure, tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match=r"record 19 \(id 19\): picture .*gone\.png is missing"):
         train(configure, tmp_path / "runs", *words)
     with pytest.raises(
-        ValueError, match=r"[12] of 20 samples are bad, .*, above the limit of 0\.10%: .*pets.* 1 missing picture"
+        ValueError,
+        match=r"[12] of 20 samples are bad, more than 0\.02, the limit \(0\.1%\): .*pets.* 1 missing picture",
     ):
         train(configure, tmp_path / "runs", *words, "on_bad_sample=skip")
     monkeypatch.setattr(fit, "Skips", partial(Skips, limit=0.2))

@@ -188,9 +188,9 @@ class Skips(Callback):
                 for source, kinds in self.counts.items()
             )
             raise ValueError(
-                f"{self.stage}: {len(self.found)} of {self.total} samples are bad, {len(self.found) / self.total:.2%}, above the limit "
-                f"of {self.limit:.2%}: {counts}. The first: {'; '.join(map(str, self._first(3)))}. "
-                "Repair or remove them: python doctor.py lists all"
+                f"{self.stage}: {len(self.found)} of {self.total} samples are bad, more than {self.limit * self.total:g}, the limit "
+                f"({self.limit:.1%}): {counts}. The first: {'; '.join(map(str, self._first(3)))}. "
+                "Repair or remove them: python doctor.py finds all"
             )
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -28,9 +27,6 @@ MISSING = "missing picture"
 """The kind of the records whose picture is not in the folder."""
 
 OUTSIDE = "picture outside its folder"
-
-HALF = re.compile("[\ud800-\udfff]")
-"""Half a surrogate pair, which JSON can write and no text can have."""
 
 CURE = "Repair or remove it (python doctor.py finds all), or set on_bad_sample=skip, which counts such samples"
 
@@ -252,7 +248,10 @@ class LlavaDataset(Dataset[Sample]):
             name = None if isinstance(name, list | dict | None) else shown(name, 80)
             return Row(None, None, 0, json.dumps([name, error.kind, shown(error)]))
         kept = {field: record[field] for field in ("id", "image") if field in record}
-        kept["conversations"] = [{"from": turn["from"], "value": turn["value"]} for turn in record["conversations"]]
+        kept["conversations"] = [
+            turn if len(turn) == 2 else {"from": turn["from"], "value": turn["value"]}
+            for turn in record["conversations"]
+        ]
         image, words = record.get("image"), max(1, sum(len(turn["value"].split()) for turn in record["conversations"]))
         return Row(
             json.dumps(kept, separators=(",", ":")).encode(),
@@ -276,10 +275,11 @@ class LlavaDataset(Dataset[Sample]):
                     f"turn {number} has {turn['from'][:40]!r} in `from`; it must be {HUMAN!r} or {ASSISTANT!r}",
                     "unknown speaker",
                 )
-            if half := HALF.search(turn["value"]):
-                raise DialogueError(
-                    f"turn {number} has half a surrogate pair at character {half.start()}, which is no text", "no text"
-                )
+            try:
+                turn["value"].encode()
+            except UnicodeEncodeError as error:
+                told = f"turn {number} has half a surrogate pair at character {error.start}, which is no text"
+                raise DialogueError(told, "no text") from None
         if isinstance(name, list):
             raise DialogueError(f"`image` lists {len(name)} pictures; a dialogue takes one", "several pictures")
         if name is not None:
@@ -289,7 +289,7 @@ class LlavaDataset(Dataset[Sample]):
                     f"turns {tagged} each have an {IMAGE_TAG}, but there is one picture", "several placeholders"
                 )
             self._find(name, folders)
-        self.template.render(conversations, name is not None)
+        self.template.pieces(conversations, name is not None)
 
     def _find(self, name: Any, folders: dict[str, int | None]) -> None:
         """Raises DialogueError unless `image` names a file inside the folder of pictures."""

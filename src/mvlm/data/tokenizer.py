@@ -201,14 +201,12 @@ class FastTokenizer:
 
     def encode_with_starts(self, text: str, said: Spans = ()) -> tuple[list[int], list[int]]:
         """Ids, and for each the index of the character at which it begins."""
-        stretches = list(_stretches(text, self._split, said))
-        found = [(begin, begin + len(part)) for begin, part, special in stretches if special]
-        if found == [match.span() for match in self._split.finditer(text)]:
+        if not any(self._split.search(text, *span) for span in said):
             return self._plain(text, 0)
         ids, starts = [], []  # a special token's name is said: the library can treat all of them as text, or none
         self._tokenizer.encode_special_tokens = True
         try:
-            for begin, part, special in stretches:
+            for begin, part, special in _stretches(text, self._split, said):
                 some = ([self._specials[part]], [begin]) if special else self._plain(part, begin)
                 ids, starts = ids + some[0], starts + some[1]
         finally:
