@@ -46,7 +46,9 @@ def processes(tmp_path: Path):
         return said
 
     def one(rank: int, count: int, store: Path, end, work: Callable[[int], Any]) -> None:
-        import faulthandler; faulthandler.dump_traceback_later(25, exit=True)
+        import faulthandler
+
+        faulthandler.dump_traceback_later(25, exit=True)
         os.environ["LOCAL_RANK"] = str(rank)  # Lightning then starts no others
         try:
             if count > 1:
@@ -60,7 +62,13 @@ def processes(tmp_path: Path):
     return run
 
 
-WORDS = ["model=nano", "strategy=sharegpt4v", "trainer=cpu", "trainer.precision=32-true", "recipe.finetune.order=random"]
+WORDS = [
+    "model=nano",
+    "strategy=sharegpt4v",
+    "trainer=cpu",
+    "trainer.precision=32-true",
+    "recipe.finetune.order=random",
+]
 
 
 def train(configure, folder: Path, *words: str) -> dict[str, Any]:
@@ -100,10 +108,22 @@ def train(configure, folder: Path, *words: str) -> dict[str, Any]:
 
 def test_try(configure, tmp_path, processes):
     import time
+
     for engine, n in (("auto", 1), ("ddp", 2), ("fsdp2", 2)):
         t = time.time()
-        told = processes(n, lambda rank, engine=engine, n=n: train(configure, tmp_path / engine, f"trainer.devices={n}", f"trainer.strategy={engine}"))
+        told = processes(
+            n,
+            lambda rank, engine=engine, n=n: train(
+                configure, tmp_path / engine, f"trainer.devices={n}", f"trainer.strategy={engine}"
+            ),
+        )
         print(engine, time.time() - t)
         for x in told:
             for s in build.STAGES:
-                print([h["loss"] for h in x["facts"][s]["history"]], x["norms"][s], x["seen"][s], x["facts"][s]["moved"], x["facts"][s]["engine"])
+                print(
+                    [h["loss"] for h in x["facts"][s]["history"]],
+                    x["norms"][s],
+                    x["seen"][s],
+                    x["facts"][s]["moved"],
+                    x["facts"][s]["engine"],
+                )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import pytest
+from PIL import Image
 
 from mvlm import build, fit
 from mvlm.benchmark.metric import BenchmarkMetric
+from mvlm.data.datamodule import Skips
 from mvlm.run import Run
 
 
@@ -76,3 +79,40 @@ def test_it_is_off_by_default(configure) -> None:
 def test_the_bar_fills_no_log_file(monkeypatch, terminal: bool, every: int) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     assert fit.Bar("finetune").refresh_rate == every
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_bad_samples_are_skipped_by_policy(configure, tmp_path: Path, monkeypatch, cached: bool) -> None:
+    """A torn and a missing picture among 20, one sample a step: by `skip` the steps are as planned, stage.json says what was left out,
+    and the loss is of the others; by `stop` nothing begins that cannot end; above the limit the run stops."""
+    names = [f"{k}.png" for k in range(18)] + ["torn.png", "gone.png"]
+    for name in names[:18]:
+        Image.new("RGB", (20, 12), "red").save(tmp_path / name)
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    records = [{"id": k, "image": name, "conversations": turns} for k, name in enumerate(names)]
+    (tmp_path / "pets.json").write_text(json.dumps(records))
+    words = (
+        "data=custom", f"data.finetune=[{tmp_path / 'pets.json'}]", f"data.images={tmp_path}", "features=null",
+        "recipe.finetune.batch=1", "recipe.finetune.micro_batch=1", f"recipe.cache_features={str(cached).lower()}",
+    )  # fmt: skip
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match=r"record 19 \(id 19\): picture .*gone\.png is missing"):
+        train(configure, tmp_path / "runs", *words)
+    with pytest.raises(
+        ValueError,
+        match=r"[12] of 20 samples are bad, more than 0\.02, the limit \(0\.1%\): .*pets.* 1 missing picture",
+    ):
+        train(configure, tmp_path / "runs", *words, "on_bad_sample=skip")
+    monkeypatch.setattr(fit, "Skips", partial(Skips, limit=0.2))
+    history, _ = train(configure, tmp_path / "runs", *words, "on_bad_sample=skip")
+    (facts,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/finetune/stage.json"))
+    told = facts["skipped"]
+    assert told["counts"] == {next(iter(facts["samples"])): {"missing picture": 1, "not a picture": 1}}
+    assert (told["total"], told["of"], facts["held_out"]) == (2, 20, 2)
+    assert [entry["loss"] for entry in history].count(0) == 1, "the torn one's own step, in which nothing is learned"
+    assert len(history) == facts["steps"] == 17
+    records[19]["image"] = "0.png"
+    (tmp_path / "pets.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"record 18 \(id 18\): .*torn\.png: this is not a picture"):
+        train(configure, tmp_path / "runs", *words)

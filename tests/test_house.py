@@ -35,7 +35,15 @@ ALLOWED = {
 HYDRA_ROOMS = {
     "run", "plan", "cli", "build", "engine", "fit", "score", "report", "sweep", "table", "dashboard", "bench", "export",
 }  # fmt: skip
-LIGHTNING_FILES = {"data/datamodule.py", "strategy/stage.py", "engine.py", "fit.py", "resume.py", "score.py", "bench/train.py"}
+LIGHTNING_FILES = {
+    "data/datamodule.py",
+    "strategy/stage.py",
+    "engine.py",
+    "fit.py",
+    "resume.py",
+    "score.py",
+    "bench/train.py",
+}
 
 
 def modules() -> list[Path]:

@@ -24,6 +24,22 @@ IMAGE_TOKEN = -200
 The value is the reference's own (MobileVLM, `mobilevlm/constants.py`); no tokenizer gives a negative id."""
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that is left out, and why."""
+
+    source: str
+    record: int
+    """Its place in the annotation file, from 0."""
+    id: str
+    kind: str
+    """The reason in a few words, to count by."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"source {self.source}, record {self.record} (id {self.id}): {self.reason}"
+
+
 @dataclass
 class Batch:
     """A micro-batch, padded on the right.
@@ -46,6 +62,8 @@ class Batch:
     """Labelled tokens of all micro-batches that this device adds up to one optimizer step: the weight of the loss."""
     ids: list[str] = field(default_factory=list)
     """Ids of the samples, for messages and replays."""
+    step_skipped: list[Skipped] = field(default_factory=list)
+    """Samples of all those micro-batches that could not be read: each is one token without a label in its place."""
 
     @property
     def label_tokens(self) -> int:

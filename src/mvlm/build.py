@@ -91,9 +91,13 @@ def asking(cfg: DictConfig, words: Tokenizer, model: Callable[[], MobileVLM]) ->
 
 
 def mixture(
-    cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int, on_bad_sample: str = "stop"
+    cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int, on_bad_sample: str | None = None
 ) -> Mixture | None:
-    """A stage's samples, checked record by record; None if the stage has no data."""
+    """A stage's samples, checked record by record; None if the stage has no data.
+
+    Args:
+        on_bad_sample: `stop` or `skip`; as the configuration has it if None.
+    """
     names = list(cfg.data[stage])
     if not names:
         return None
@@ -108,7 +112,7 @@ def mixture(
                 image_tokens=image_tokens,
                 max_length=cfg.recipe.max_length,
                 source=source.name,
-                on_bad_sample=on_bad_sample,
+                on_bad_sample=on_bad_sample or cfg.on_bad_sample,
             )
             for source in sources_of(files, names, cfg.data.images)
         ],

@@ -13,14 +13,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
-from peft.tuners.lora import LoraModel
 from torch import Tensor
 
 from mvlm import build
@@ -29,6 +28,9 @@ from mvlm.model.mobilevlm import MobileVLM
 from mvlm.plan import activations, states
 from mvlm.strategy import lora
 from mvlm.strategy.parameters import freeze_and_group
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraModel
 
 MARGIN = 0.9
 """Share of a device's memory that a plan may fill. The rest is for what it leaves out: activations of tower and projector, layers that are

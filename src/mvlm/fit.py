@@ -32,9 +32,10 @@ from mvlm import build, engine, score
 from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
 from mvlm.data.corpus import Corpus
-from mvlm.data.datamodule import StepData
+from mvlm.data.datamodule import Skips, StepData
 from mvlm.data.doctor import BLANKED_LIMIT
 from mvlm.data.held_out import hold_out
+from mvlm.data.image import PictureError
 from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
@@ -53,12 +54,15 @@ HELD_OUT = 8
 """Samples whose loss with the true and with another picture is watched while a stage learns."""
 
 
+log = logging.getLogger(__name__)
+
+
 def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Corpus) -> None:
     """Everything that could be wrong with a run, before any work: rates, batches, labels; then say what will be trained.
 
     Raises:
-        ValueError: no data, an unknown start, a strategy that misses a part, a batch that cannot be split, too many dialogues
-            without labels, a validation that cannot be.
+        ValueError: no data, an unknown start, a strategy that misses a part, a batch that cannot be split, too many bad records,
+            too many dialogues without labels, a validation that cannot be.
     """
     world, engines, why = world_size(cfg.trainer), {}, []
     for stage, mixture in data.items():
@@ -85,6 +89,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
                 f"{stage} has 1 step of {cfg.recipe[stage].batch} samples, and the first step's learning rate is zero (warm-up): "
                 f"nothing would learn from {len(mixture)} samples. Give it more data, or a smaller recipe.{stage}.batch"
             )
+        Skips(stage, mixture)
         check_labels(stage, mixture)
         for number, (source, count) in enumerate(mixture.counts.items()):
             told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
@@ -181,6 +186,7 @@ def stage(
     if cfg.recipe.cache_features and frozen and (from_words or not in_pieces):
         more = sorted(map(str, (files.root / "pictures").glob("*.jpg"))) if from_words else []
         cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
+    skips = Skips(name, data[name])
     facts: dict = {"engine": how}
     if from_words:
         facts["start"] = start_from_words(model, data[name], files, words, autocast)
@@ -213,7 +219,7 @@ def stage(
         accumulate_grad_batches=loader.accumulation,
         gradient_clip_val=cfg.recipe.clip,
         logger=[CSVLogger(run.folder, name=name, version=""), *([wandb] if wandb else [])],
-        callbacks=[Bar(name), *watching],
+        callbacks=[Bar(name), skips, *watching],
         default_root_dir=run.folder,
     )
     projector_parameters = sum(p.numel() for p in model.projector.parameters())  # sharding leaves them without a size
@@ -236,6 +242,7 @@ def stage(
                 "steps": module.steps,
                 "samples": mixture.counts,
                 "held_out": len(held_out),
+                "skipped": skips.summary(),
                 "seconds": round(seconds, 1),
                 "samples_per_second": round(len(mixture) * recipe.epochs / seconds, 3),
                 "image_tokens": model.image_tokens,
@@ -263,7 +270,18 @@ def cache_features(
         alike = [s for s in data if looks[s] == look]
         paths = [*more, *(path for s in alike for path in data[s].pictures_used)]
         pixels = build.pictures(cfg, alike[0])
-        kept[look] = encode_pictures(model, paths, pixels, autocast=autocast, kept_in=cfg.features)
+
+        def unreadable(path: str, error: PictureError, alike: Sequence[str] = alike) -> None:
+            shown = sum([data[stage].unreadable(path, error) for stage in alike])
+            if not shown and cfg.on_bad_sample == "stop":
+                raise error
+            log.warning("left out: %s", error)
+            for stage in alike:
+                Skips(stage, data[stage])  # too many stop here, before all the others are encoded
+
+        kept[look] = encode_pictures(
+            model, paths, pixels, autocast=autocast, kept_in=cfg.features, unreadable=unreadable
+        )
     for stage, mixture in data.items():
         for dataset in mixture.datasets:
             dataset.features = kept[looks[stage]]

@@ -38,6 +38,7 @@ MACHINE_KEYS = (
     "fail_fast",
     "features",
     "workers",
+    "on_bad_sample",
     "trainer",
     "logger",
     "evaluate",

@@ -211,6 +211,9 @@ def publish(
     """
     questions = {benchmark.name: fingerprint(benchmark.questions()) for benchmark in found}
     results |= {"model": run.folder.name, "corpus": str(folder), **manifest(), "questions": questions}
+    stages = filter(run.finished, build.STAGES)
+    facts = {stage: json.loads((run.folder / stage / "stage.json").read_text()) for stage in stages}
+    results["skipped"] = {stage: told["skipped"] for stage, told in facts.items() if "skipped" in told}
     end = beside(results["protocol"])
     write_json(run.folder / f"results{end}.json", results)
     items = collect(results, found, run.folder / "answers")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN
+from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Skipped
 from mvlm.data.collate import collate, collate_step
 from mvlm.data.dataset import LlavaDataset, Sample
 from mvlm.data.image import Pictures
@@ -72,3 +72,14 @@ def test_what_is_wrong_is_said():
         collate([])
     with pytest.raises(ValueError, match="1 pictures come as pixels and 1 as features"):
         collate([sample("a", 1, 3, pixels=torch.ones(3, 2, 2)), sample("b", 1, 3, features=torch.ones(4, 8))])
+
+
+def test_a_step_knows_what_was_skipped():
+    """In every micro-batch of it; a micro-batch of nothing else is one token wide and teaches nothing."""
+    skipped = Skipped("pets", 3, "x", "empty file", "why")
+    blank = Sample("x", "pets", [9], [IGNORE_INDEX], skipped=skipped)
+    good = Sample("y", "pets", [1, 2], [IGNORE_INDEX, 2])
+    alone, both = collate_step([[blank], [good, blank]])
+    assert alone.step_skipped == both.step_skipped == [skipped, skipped]
+    assert alone.input_ids.shape == (1, 1) and alone.step_tokens == both.step_tokens == 1
+    assert both.to("cpu").step_skipped == [skipped, skipped]

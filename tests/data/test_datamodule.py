@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import multiprocessing
+import socket
+from itertools import chain
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
+from PIL import Image
 from torch.utils.data import Dataset
 
-from mvlm.batch import IGNORE_INDEX, Batch
-from mvlm.data.datamodule import StepData
-from mvlm.data.dataset import Sample
+from mvlm.batch import IGNORE_INDEX, Batch, Skipped
+from mvlm.data.byte_tokenizer import build as build_tokenizer
+from mvlm.data.datamodule import Skips, StepData
+from mvlm.data.dataset import LlavaDataset, Sample
+from mvlm.data.image import PictureError, Pictures
+from mvlm.data.mixture import Mixture
+from mvlm.data.prompt import template
+from mvlm.data.tokenizer import load_tokenizer
 
 
 class Numbers(Dataset):
@@ -111,8 +125,9 @@ class Learner(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(folder, module, learner, **where):
+def fit(folder, module, learner, callbacks=(), **where):
     trainer = L.Trainer(
+        callbacks=list(callbacks),
         accelerator="cpu",
         max_epochs=2,
         accumulate_grad_batches=module.accumulation,
@@ -139,6 +154,113 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(die_at, tmp_path):
     trainer = fit(tmp_path, data(), rest, ckpt_path=half.checkpoint, weights_only=False)
     assert half.seen + rest.seen == whole.seen
     assert trainer.global_step == 6
+
+
+@pytest.fixture
+def torn(tmp_path):
+    """`torn(...)`: 40 samples, records 7, 19 and 30 with a picture that cannot be read; beside them two bad records in the file."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    pictures = {7: "torn.png", 19: "torn.png", 30: "torn.png"}
+    records = [{"id": str(k), "image": pictures.get(k, "good.png"), "conversations": turns} for k in range(40)]
+    (tmp_path / "pets.json").write_text(json.dumps([*records, {"id": "40"}, records[0] | {"image": "gone.png"}]))
+
+    def build(policy="skip"):
+        words = load_tokenizer(build_tokenizer(tmp_path))
+        look = Pictures(14, "pad", (0, 0, 0), (1, 1, 1))
+        exclude = [40, 41] if policy == "stop" else ()
+        options = {"image_tokens": 1, "on_bad_sample": policy, "exclude": exclude}
+        return Mixture([LlavaDataset(tmp_path / "pets.json", tmp_path, template("chatml"), words, look, **options)])
+
+    return build
+
+
+COUNTS = {"pets": {"missing picture": 1, "not a picture": 3, "wrong type": 1}}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_samples_are_counted_once_whoever_loads_them(torn, workers, tmp_path, caplog):
+    """Two epochs: the same steps with and without workers, each skipped sample in its place and counted once."""
+    mixture, learner = torn(), Learner()
+    alone = StepData(mixture, 8, 4).train_dataloader()
+    skips = Skips("finetune", mixture, limit=0.2)
+    assert skips.summary()["total"] == 2, "what is bad in the file counts from the start"
+    fit(tmp_path, StepData(mixture, 8, 4, workers=workers), learner, callbacks=[skips])
+    assert learner.seen == [b.ids for b in chain(alone, alone)] and len({i for ids in learner.seen for i in ids}) == 40
+    told = skips.summary()
+    assert (told["total"], told["of"], told["limit"], told["counts"]) == (5, 42, 0.2, COUNTS)
+    assert {one["record"] for one in told["first"]} == {7, 19, 30, 40, 41} and json.dumps(told)
+    assert caplog.text.count("finetune: left out: source pets, record 7 (id 7): ") == 1
+
+
+def test_a_resumed_run_goes_on_counting(torn, tmp_path):
+    half, rest, checkpoint = Skips("s", torn(), 0.2), Skips("s", torn(), 0.2), tmp_path / "half.ckpt"
+    with pytest.raises(Killed):
+        fit(tmp_path, StepData(torn(), 8, 4), Learner(4, checkpoint), callbacks=[half])
+    before = len(half.found)
+    fit(tmp_path, StepData(torn(), 8, 4), Learner(), ckpt_path=checkpoint, weights_only=False, callbacks=[rest])
+    assert 2 < before <= 5 and list(rest.found)[:before] == list(half.found) and rest.counts == COUNTS
+
+
+def test_too_many_skipped_samples_stop_the_run(torn, tmp_path):
+    mixture, learner = torn(), Learner()
+    skips = Skips("finetune", mixture, limit=4 / 42)
+    told = (
+        r"finetune: 5 of 42 samples are bad, more than 4, the limit \(9\.5%\): pets 1 missing picture, 3 not a picture, 1 wrong type\. "
+        r"The first: source pets, record 40 \(id 40\): no field `conversations`; source pets, record 41 .*gone\.png is missing; source pets"
+    )
+    with pytest.raises(ValueError, match=told):
+        fit(tmp_path, StepData(mixture, 8, 4), learner, callbacks=[skips])
+    assert len(learner.seen) < 20, "before the end"
+    with pytest.raises(ValueError, match=r"2 of 42 samples are bad, more than 0\.042, the limit \(0\.1%\)"):
+        Skips("finetune", mixture)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_by_stop_an_unreadable_picture_ends_the_run_in_one_line(torn, workers, tmp_path):
+    with pytest.raises(
+        PictureError, match=r"^source pets: .*record \d+ \(id \d+\): .*torn\.png: this is not a picture\. Repair"
+    ) as raised:
+        fit(tmp_path, StepData(torn("stop"), 8, 4, workers=workers), Learner())
+    assert "\n" not in str(raised.value) and "Traceback" not in str(raised.value)
+
+
+def counted(rank, port, told):
+    """One of two devices: each meets a sample of its own, and both the same one."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    skips = Skips("s", SimpleNamespace(total=4000, skipped=[]))
+    trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=2, is_global_zero=rank == 0)
+    module = SimpleNamespace(device=torch.device("cpu"))
+    for step, records in enumerate([[], [10 + rank, 5], [5]]):
+        skipped = [Skipped("pets", record, "x", "empty file", "") for record in records]
+        batch = SimpleNamespace(step_skipped=skipped)
+        for micro in (2 * step, 2 * step + 1):
+            skips.on_train_batch_end(trainer, module, None, batch, micro)
+    told.put(list(skips.found))
+    with contextlib.suppress(ValueError):  # the sixth of 4,000 is above 0.1 %, on both, though one met none
+        batch = SimpleNamespace(step_skipped=[Skipped("pets", k, "x", "", "") for k in (1, 2)] if rank else [])
+        skips.on_train_batch_end(trainer, module, None, batch, 7)
+        told.put("went on")
+    told.put("stopped")
+
+
+def test_devices_count_together():
+    """So all stop in the same step, and none waits for one that has ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+    processes = [context.Process(target=counted, args=(rank, port, told)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    found = [told.get() for _ in range(4)]
+    assert sorted(map(str, found))[2:] == ["stopped"] * 2
+    assert [one for one in found if one != "stopped"] == [[("pets", 10), ("pets", 5), ("pets", 11)]] * 2
 
 
 def test_going_on_with_another_order_is_refused():

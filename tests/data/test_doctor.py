@@ -84,6 +84,17 @@ def test_examination(corpus, tmp_path):
     check_blanked(report)  # one in 2,000 is below one in 1,000
 
 
+def test_what_is_found_is_what_would_stop_a_training(corpus, tmp_path):
+    """A strip that opens and cannot be fitted, too: by each way that a stage fits its pictures."""
+    Image.new("1", (1, 40_000)).save(tmp_path / "pictures/bad.png")
+    padded, letterbox = corpus("ill"), corpus("ill")
+    letterbox.pictures = Pictures(14, "letterbox", (0, 0, 0), (1, 1, 1))
+    reports = examine([padded, letterbox]).sources
+    assert [(r.corrupt, padded[k].skipped is not None) for k, r in enumerate(reports)] == [(1, False), (0, True)]
+    (finding,) = (f for f in reports[0].findings if f.kind == "corrupt")
+    assert finding.reason == f"{tmp_path}/pictures/bad.png: 1 x 40000 pixels are too narrow for mode pad"
+
+
 def test_table_and_files(corpus, tmp_path):
     report = examine([corpus("ill")])
     console = Console(file=io.StringIO(), width=200)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mvlm.data.dataset import LlavaDataset
 from mvlm.data.held_out import hold_out
-from mvlm.data.image import Pictures
+from mvlm.data.image import PictureError, Pictures
 from mvlm.data.mixture import Mixture
 from mvlm.data.prompt import template
 from mvlm.data.tokenizer import load_tokenizer
@@ -24,7 +24,7 @@ TOKENIZER = load_tokenizer(REFERENCE / "tokenizer")
 
 @pytest.fixture
 def source(tmp_path):
-    def build(name, samples, images=None, shown=()):
+    def build(name, samples, images=None, shown=(), **options):
         turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This one."}]
         records = [{"id": f"{name}{k}", "conversations": turns} for k in range(samples)]
         for record, picture in zip(records, shown, strict=False):
@@ -32,7 +32,8 @@ def source(tmp_path):
             record |= {"image": picture, "conversations": tagged if picture else turns}
         (tmp_path / f"{name}.json").write_text(json.dumps(records))
         pictures = Pictures(14, "pad", (0, 0, 0), (1, 1, 1))
-        return LlavaDataset(tmp_path / f"{name}.json", images, template("v1"), TOKENIZER, pictures, image_tokens=1)
+        file = tmp_path / f"{name}.json"
+        return LlavaDataset(file, images, template("v1"), TOKENIZER, pictures, image_tokens=1, **options)
 
     return build
 
@@ -93,6 +94,35 @@ def test_what_is_held_out_is_shown_by_no_other_sample(data, count, source, tmp_p
     if taken:  # in turn, from the end of each source that has pictures
         last = {name[0]: path for name, path in listed(mixture) if path}
         assert paths[0] == next(iter(last.values()))
+
+
+def test_what_cannot_be_read_is_neither_held_out_nor_moved(source, tmp_path):
+    """The last samples of a source are held out first: of these one picture is torn. Its sample stays in its place."""
+    (tmp_path / "pictures").mkdir()
+    for k in range(16):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"pictures/{k}.png")
+    (tmp_path / "pictures/15.png").write_bytes(b"torn")
+    mixture = Mixture([source("a", 16, tmp_path / "pictures", [f"{k}.png" for k in range(16)], on_bad_sample="skip")])
+    rest, taken = hold_out(mixture, 2)
+    assert [sample.id for sample in taken] == ["a14", "a13"]
+    assert ids(rest) == [*(f"a{k}" for k in range(13)), "a15"] and rest[13].skipped.kind == "not a picture"
+    stopping = Mixture([source("a", 16, tmp_path / "pictures", [f"{k}.png" for k in range(16)])])
+    with pytest.raises(PictureError, match=r"record 15 \(id a15\)"):
+        hold_out(stopping, 2)
+
+
+def test_pictures_tried_before_training_are_counted(source, tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
+    shown = ["x.png", None, "x.png", "x.png"]
+    a, b = (source(name, 6, tmp_path, shown, on_bad_sample="skip") for name in "ab")
+    mixture, path, error = Mixture([a, b], {"b": 0}), str(tmp_path / "x.png"), PictureError("torn", "damaged picture")
+    assert mixture.unreadable(path, error) == 3 and mixture.unreadable(str(tmp_path / "y.png"), error) == 0
+    assert [(s.source, s.record, s.id, s.kind) for s in mixture.skipped] == [
+        ("a", k, f"a{k}", "damaged picture") for k in (0, 2, 3)
+    ]
+    assert mixture.total == len(mixture) == 6
+    with pytest.raises(PictureError, match=r"source a: .*a\.json, record 0 \(id a0\): torn\. Repair"):
+        Mixture([source("a", 6, tmp_path, shown)]).unreadable(path, error)
 
 
 def test_more_than_there_are(source):

@@ -37,17 +37,19 @@ def collate(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
         pixels=torch.stack(pixels) if pixels else None,
         features=torch.stack(features) if features else None,
         ids=[s.id for s in samples],
+        step_skipped=[s.skipped for s in samples if s.skipped],
     )
     batch.step_tokens = batch.label_tokens
     return batch
 
 
 def collate_step(micro_batches: Sequence[Sequence[Sample]], pad_id: int = 0) -> list[Batch]:
-    """The micro-batches of one optimizer step on this device, each knowing the labelled tokens of all of them."""
+    """The micro-batches of one optimizer step on this device, each knowing the labelled tokens and the skipped samples of all."""
     batches = [collate(samples, pad_id) for samples in micro_batches]
     tokens = sum(batch.label_tokens for batch in batches)
+    skipped = [sample for batch in batches for sample in batch.step_skipped]
     for batch in batches:
-        batch.step_tokens = tokens
+        batch.step_tokens, batch.step_skipped = tokens, skipped
     return batches
 
 

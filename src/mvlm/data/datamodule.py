@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, Dataset
 
-from mvlm.batch import Batch
+from mvlm.batch import Batch, Skipped
 from mvlm.data.collate import collate_step
 from mvlm.data.dataset import LlavaDataset, Sample
+from mvlm.data.image import PictureError
 from mvlm.data.mixture import Mixture
 from mvlm.data.sampler import LengthGroupedSampler, RandomOrder, StepBatches, split
+
+SKIP_LIMIT = 0.001
+"""Share of a stage's samples that may be left out as bad; above it the run stops."""
+
+log = logging.getLogger(__name__)
 
 
 class StepData(L.LightningDataModule):
@@ -133,12 +144,101 @@ class StepLoader:
     def __iter__(self) -> Iterator[Batch]:
         done = self.batches.epoch * self.batches.steps + self.batches.start
         remaining = len(self.batches)
-        for micro_batches in DataLoader(self.dataset, batch_sampler=self.batches, **self.loading):
+        loader = iter(DataLoader(self.dataset, batch_sampler=self.batches, **self.loading))
+        while True:
+            try:
+                micro_batches = next(loader)
+            except StopIteration:
+                return
+            except PictureError as error:  # a worker's comes with its traceback before it
+                raise PictureError(str(error).rsplit(f"{PictureError.__name__}: ", 1)[-1].strip()) from None
             remaining -= 1
             if remaining == 0:  # before the last batches are handed out: Lightning counts them and asks no further
                 self.batches.seek(done + 1)
             done += 1
             yield from micro_batches
+
+
+class Skips(Callback):
+    """Counts the samples of a stage that are left out as bad (`on_bad_sample=skip`), each once, whatever process or device met it.
+
+    A batch brings what was met in loading its step (`Batch.step_skipped`), and the devices tell each other after each step. So the
+    count is of what was trained on, independent of the number of workers and of what these loaded ahead. A checkpoint keeps it.
+
+    Args:
+        stage: named in errors.
+        mixture: what is trained on. What was left out before training counts from the start.
+        limit: share of the samples.
+
+    Raises:
+        ValueError: more than the limit are left out; now, or in a later step.
+    """
+
+    def __init__(self, stage: str, mixture: Mixture, limit: float = SKIP_LIMIT) -> None:
+        self.stage, self.total, self.limit = stage, mixture.total, limit
+        self.found: dict[tuple[str, int], Skipped] = {}
+        self.add(mixture.skipped)
+
+    def add(self, skipped: Iterable[Skipped]) -> None:
+        """Count some; those that are known already once."""
+        self.found |= {(one.source, one.record): one for one in skipped if (one.source, one.record) not in self.found}
+        if len(self.found) > self.limit * self.total:
+            counts = "; ".join(
+                f"{source} {', '.join(f'{n} {kind}' for kind, n in kinds.items())}"
+                for source, kinds in self.counts.items()
+            )
+            raise ValueError(
+                f"{self.stage}: {len(self.found)} of {self.total} samples are bad, more than {self.limit * self.total:g}, the limit "
+                f"({self.limit:.1%}): {counts}. The first: {'; '.join(map(str, self._first(3)))}. "
+                "Repair or remove them: python doctor.py finds all"
+            )
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """source -> reason -> samples."""
+        counted = Counter((one.source, one.kind) for one in self.found.values())
+        return {
+            source: {kind: n for (of, kind), n in sorted(counted.items()) if of == source}
+            for source in sorted({source for source, _ in counted})
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What a stage's record keeps: their number, of how many, by source and reason, and the first ones."""
+        return {
+            "total": len(self.found),
+            "of": self.total,
+            "limit": self.limit,
+            "counts": self.counts,
+            "first": [asdict(one) for one in self._first(5)],
+        }
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        if (index + 1) % trainer.accumulate_grad_batches:  # the last micro-batch of a step knows of all
+            return
+        new = [one for one in batch.step_skipped if (one.source, one.record) not in self.found]
+        if trainer.world_size > 1:
+            number = torch.tensor(len(new), device=module.device)
+            dist.all_reduce(number)
+            if number.item():
+                everyone: list[list[Skipped]] = [[]] * trainer.world_size
+                dist.all_gather_object(everyone, new)
+                new = [one for some in everyone for one in some]
+        for one in new if trainer.is_global_zero else []:
+            log.warning("%s: left out: %s", self.stage, one)
+        self.add(new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"skipped": [asdict(one) for one in self.found.values()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting after a checkpoint."""
+        self.add(Skipped(**one) for one in state_dict["skipped"])
+
+    def _first(self, number: int) -> list[Skipped]:
+        return list(self.found.values())[:number]
 
 
 class _Steps(Dataset[list[Sample]]):

@@ -14,17 +14,21 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mvlm.batch import IMAGE_TOKEN
+from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Skipped
 from mvlm.data.cache import cache_folder
 from mvlm.data.image import PictureError, Pictures
 from mvlm.data.index import Index, Kept, Row, changed
-from mvlm.data.prompt import ASSISTANT, HUMAN, IMAGE_TAG, Encoded, Template, check_turns
+from mvlm.data.prompt import ASSISTANT, HUMAN, IMAGE_TAG, DialogueError, Encoded, Template, check_turns
 from mvlm.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-MANY_SUBSTITUTES = 100
-"""So many unreadable pictures in a row mean that the folder is gone, and not that a file is damaged."""
+MISSING = "missing picture"
+"""The kind of the records whose picture is not in the folder."""
+
+OUTSIDE = "picture outside its folder"
+
+CURE = "Repair or remove it (python doctor.py finds all), or set on_bad_sample=skip, which counts such samples"
 
 
 @dataclass(frozen=True)
@@ -41,25 +45,12 @@ class Sample:
     """(N, Dv), what a frozen tower gave for the picture earlier."""
     picture: str | None = None
     """Path of the picture."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A record that is left out, and why."""
-
-    record: int
-    """Its place in the file, from 0."""
-    id: str
-    kind: Literal["missing", "format"]
-    reason: str
+    skipped: Skipped | None = None
+    """Why this sample is a blank one."""
 
 
 class RecordError(ValueError):
-    """A record that does not fit the format; the message names file, record and field."""
-
-
-class MissingPicture(ValueError):
-    """A record's picture is not in the folder."""
+    """A record that does not fit the format; the message names source, file, record and field."""
 
 
 class LlavaDataset(Dataset[Sample]):
@@ -76,9 +67,11 @@ class LlavaDataset(Dataset[Sample]):
         max_length: longest text in ids; the rest is cut off.
         source: name of this dataset in reports.
         on_bad_sample: `stop` raises at the first bad record. `skip` leaves bad records out (`skipped` lists them, a
-            warning counts them), and puts the next readable sample in the place of one whose picture turns out
-            damaged, with a warning, so that order and number of samples stay as planned.
-        features: of pictures that a frozen tower has seen already: path (as in `pictures_used`) to (N, Dv).
+            warning counts them). A sample whose picture turns out damaged when it is decoded keeps its place and
+            becomes a blank one: one token, no label, no picture, and `Sample.skipped`. So order and number of samples
+            stay as planned whoever loads them, and no other sample is seen twice or out of its place.
+        features: of all pictures, by a frozen tower: path (as in `pictures_used`) to (N, Dv). One that is not among
+            them could not be read.
         exclude: numbers of records to leave out, from the doctor's list.
         follow_links: allow symbolic links that lead out of `images`.
         cache: the folder of the index; MVLM_CACHE, or `cache`, if None.
@@ -125,20 +118,28 @@ class LlavaDataset(Dataset[Sample]):
         """The sample at a place among the good records.
 
         Raises:
-            PictureError: with `stop`, or when nearly everything is damaged; the message names the record.
+            PictureError: with `stop`, its picture cannot be read; the message names the record.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        for step in range(min(MANY_SUBSTITUTES, len(self))):
-            place = (index + step) % len(self)
-            try:
-                return self._sample(place)
-            except PictureError as error:
-                message = f"{self._where(self._kept[place])}: {error}"
-                if self.on_bad_sample == "stop":
-                    raise PictureError(message) from error
-                log.warning("%s; the next sample takes its place", message)
-        raise PictureError(f"{min(MANY_SUBSTITUTES, len(self))} pictures in a row cannot be read, the last: {message}")
+        try:
+            return self._sample(index)
+        except PictureError as error:
+            skipped = self.unreadable(index, error)
+            blank = [self.tokenizer.pad_id], [IGNORE_INDEX]
+            return Sample(skipped.id, self.source, *blank, skipped=skipped)
+
+    def unreadable(self, index: int, error: PictureError) -> Skipped:
+        """What is told of a sample whose picture cannot be read.
+
+        Raises:
+            PictureError: with `stop`.
+        """
+        number = self._kept[index]
+        name = shown(self.index.record(number).get("id", number), 80)
+        if self.on_bad_sample == "stop":
+            raise PictureError(f"{self._where(number, name)}: {shown(error)}. {CURE}", error.kind) from None
+        return Skipped(self.source, number, name, error.kind, shown(error))
 
     def record(self, index: int) -> dict[str, Any]:
         """The record behind a sample: its `id`, `image` and `conversations`, as far as it has them."""
@@ -195,7 +196,7 @@ class LlavaDataset(Dataset[Sample]):
     def _sample(self, index: int) -> Sample:
         record = self.record(index)
         name, encoded = record.get("image"), self.encode(record)
-        sample = Sample(str(record.get("id", self._kept[index])), self.source, encoded.input_ids, encoded.labels)
+        sample = Sample(shown(record.get("id", self._kept[index]), 80), self.source, encoded.input_ids, encoded.labels)
         # A picture without a tag, or whose tag was cut off, has no place in the text: the reference trains on the
         # text alone.
         if name is None or IMAGE_TOKEN not in encoded.input_ids:
@@ -203,7 +204,10 @@ class LlavaDataset(Dataset[Sample]):
         path = str(self.images / name)
         if self.features is not None and path in self.features:
             return replace(sample, features=self.features[path], picture=path)
-        return replace(sample, pixels=self.pictures(path), picture=path)
+        pixels = self.pictures(path)
+        if self.features is not None:
+            raise PictureError(f"{path}: could not be read when the features were computed; start again", "no features")
+        return replace(sample, pixels=pixels, picture=path)
 
     def _read(self, exclude: set[int]) -> None:
         """Open the index, which is built where there is none, and leave out what is bad or excluded."""
@@ -222,9 +226,9 @@ class LlavaDataset(Dataset[Sample]):
         for number in left:
             name, kind, reason = self.index.problem(number)
             if self.on_bad_sample == "stop":
-                more = f" ({len(left) - 1} more records are bad; python doctor.py lists all)" if len(left) > 1 else ""
-                raise RecordError(f"{self._where(number, name)}: {reason}{more}")
-            self.skipped.append(Skipped(number, str(number) if name is None else name, kind, reason))
+                more = f" ({len(left) - 1} more records of this file are bad)" if len(left) > 1 else ""
+                raise RecordError(f"{self._where(number, name)}: {reason}{more}. {CURE}")
+            self.skipped.append(Skipped(self.source, number, str(number) if name is None else name, kind, reason))
         if self.skipped:
             first = self.skipped[0]
             log.warning(
@@ -239,11 +243,15 @@ class LlavaDataset(Dataset[Sample]):
         """What the index keeps of a record."""
         try:
             self._check(record, folders)
-        except ValueError as error:
+        except DialogueError as error:
             name = record.get("id") if isinstance(record, dict) else None
-            kind = "missing" if isinstance(error, MissingPicture) else "format"
-            return Row(None, None, 0, json.dumps([None if name is None else str(name), kind, str(error)]))
-        kept = {field: record[field] for field in ("id", "image", "conversations") if field in record}
+            name = None if isinstance(name, list | dict | None) else shown(name, 80)
+            return Row(None, None, 0, json.dumps([name, error.kind, shown(error)]))
+        kept = {field: record[field] for field in ("id", "image") if field in record}
+        kept["conversations"] = [
+            turn if len(turn) == 2 else {"from": turn["from"], "value": turn["value"]}
+            for turn in record["conversations"]
+        ]
         image, words = record.get("image"), max(1, sum(len(turn["value"].split()) for turn in record["conversations"]))
         return Row(
             json.dumps(kept, separators=(",", ":")).encode(),
@@ -254,40 +262,54 @@ class LlavaDataset(Dataset[Sample]):
     def _check(self, record: Any, folders: dict[str, int | None]) -> None:
         """Everything of a record that shows without decoding its picture or tokenising its text."""
         if not isinstance(record, dict):
-            raise ValueError(f"a record is an object with `conversations`, not {type(record).__name__}")
+            raise DialogueError(f"a record is an object with `conversations`, not {type(record).__name__}")
         if "conversations" not in record:
-            raise ValueError("no field `conversations`")
+            raise DialogueError("no field `conversations`")
+        if isinstance(record.get("id"), list | dict):
+            raise DialogueError(f"`id` is a {type(record['id']).__name__}; it must be a text or a number")
         conversations, name = record["conversations"], record.get("image")
         check_turns(conversations)
         for number, turn in enumerate(conversations, 1):
             if turn["from"] not in (HUMAN, ASSISTANT):
-                raise ValueError(f"turn {number} has {turn['from']!r} in `from`; it must be {HUMAN!r} or {ASSISTANT!r}")
-            turn["value"].encode()  # half a surrogate pair is no text; the error is a ValueError
+                raise DialogueError(
+                    f"turn {number} has {turn['from'][:40]!r} in `from`; it must be {HUMAN!r} or {ASSISTANT!r}",
+                    "unknown speaker",
+                )
+            try:
+                turn["value"].encode()
+            except UnicodeEncodeError as error:
+                told = f"turn {number} has half a surrogate pair at character {error.start}, which is no text"
+                raise DialogueError(told, "no text") from None
         if isinstance(name, list):
-            raise ValueError(f"`image` lists {len(name)} pictures; a dialogue takes one")
+            raise DialogueError(f"`image` lists {len(name)} pictures; a dialogue takes one", "several pictures")
         if name is not None:
             tagged = [number for number, turn in enumerate(conversations, 1) if IMAGE_TAG in turn["value"]]
             if len(tagged) > 1:
-                raise ValueError(f"turns {tagged} each have an {IMAGE_TAG}, but there is one picture")
+                raise DialogueError(
+                    f"turns {tagged} each have an {IMAGE_TAG}, but there is one picture", "several placeholders"
+                )
             self._find(name, folders)
-        self.template.render(conversations, name is not None)
+        self.template.pieces(conversations, name is not None)
 
     def _find(self, name: Any, folders: dict[str, int | None]) -> None:
-        """Raises ValueError unless `image` names a file inside the folder of pictures."""
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise ValueError(f"`image` is {name!r}, not a path")
+        """Raises DialogueError unless `image` names a file inside the folder of pictures."""
+        if not isinstance(name, str):
+            raise DialogueError(f"`image` is a {type(name).__name__}, not a path")
+        if not name or "\0" in name:
+            raise DialogueError(f"`image` is {name!r}, not a path")
         if self.images is None:
-            raise ValueError(f"`image` is {name!r}, but this dataset was given no image folder")
+            raise DialogueError(f"`image` is {name!r}, but this dataset was given no image folder", "no image folder")
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
-            raise ValueError(f"`image` {name!r} leads out of the image folder")
+            raise DialogueError(f"`image` {name!r} leads out of the image folder", OUTSIDE)
         path, folder = os.path.join(self.images, name), os.path.dirname(name)
         if folder not in folders:
             folders[folder] = changed(Path(os.path.dirname(path)))
         if not os.path.isfile(path):
-            raise MissingPicture(f"picture {path} is missing")
+            told = "is no file" if os.path.exists(path) else "is missing"
+            raise DialogueError(f"picture {path} {told}", MISSING)
         if not self.follow_links and not self._inside(path):
-            raise ValueError(
-                f"picture {path} is a link that leads out of the image folder; follow_links=True allows it"
+            raise DialogueError(
+                f"picture {path} is a link that leads out of the image folder; follow_links=True allows it", OUTSIDE
             )
 
     def _inside(self, path: str) -> bool:
@@ -299,4 +321,13 @@ class LlavaDataset(Dataset[Sample]):
         return real.startswith(self._root)
 
     def _where(self, number: int, name: str | None = None) -> str:
-        return f"{self.annotations}, record {number}" + ("" if name is None else f" (id {name})")
+        told = "" if name is None else f" (id {name})"
+        source = "" if self.source == str(self.annotations) else f"source {self.source}: "
+        return f"{source}{self.annotations}, record {number}{told}"
+
+
+def shown(value: object, length: int = 300) -> str:
+    """Something out of a file as it may be printed: at most so long, in one line, nothing that moves a cursor or turns a text round."""
+    text = str(value)
+    text = text if len(text) <= length else text[: length - 1] + "\u2026"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -16,8 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN
-from mvlm.data.dataset import LlavaDataset
-from mvlm.data.image import PictureError, open_picture
+from mvlm.data.dataset import MISSING, LlavaDataset, shown
+from mvlm.data.image import PictureError, Pictures
 from mvlm.data.prompt import IMAGE_TAG
 
 BLANKED_LIMIT = 0.001
@@ -114,20 +114,20 @@ class Report:
 
 
 def examine(datasets: Sequence[LlavaDataset], threads: int = 4) -> Report:
-    """Decodes every distinct picture once and tokenises every dialogue.
+    """Decodes every distinct picture once (once for each way that it is fitted) and tokenises every dialogue.
 
     Args:
         datasets: opened with `on_bad_sample="skip"`, or the first bad record ends the examination before it begins.
         threads: pictures decoded at once.
     """
-    limits = {path: dataset.pictures.max_pixels for dataset in datasets for path in dataset.pictures_used}
-    paths, damaged = list(limits), {}
+    looks = {(repr(d.pictures), path): d.pictures for d in datasets for path in d.pictures_used}
+    seen, damaged = list(looks), {}
     with Progress(transient=True) as progress, ThreadPoolExecutor(threads) as pool:
-        task = progress.add_task("decoding pictures", total=len(paths))
-        for begin in range(0, len(paths), 1024):  # in blocks, as the pool would queue a million at once
-            block = paths[begin : begin + 1024]
-            reasons = pool.map(_damage, block, (limits[path] for path in block))
-            damaged |= {path: reason for path, reason in zip(block, reasons, strict=True) if reason}
+        task = progress.add_task("decoding pictures", total=len(seen))
+        for begin in range(0, len(seen), 1024):  # in blocks, as the pool would queue a million at once
+            block = seen[begin : begin + 1024]
+            reasons = pool.map(_damage, [path for _, path in block], [looks[key] for key in block])
+            damaged |= {key: reason for key, reason in zip(block, reasons, strict=True) if reason}
             progress.advance(task, len(block))
         task = progress.add_task("reading dialogues", total=sum(map(len, datasets)))
         return Report([_examine(dataset, damaged, lambda: progress.advance(task)) for dataset in datasets])
@@ -170,14 +170,18 @@ def read_exclusions(path: str | Path, source: str, annotations: str | Path) -> l
     return entry["records"]
 
 
-def _examine(dataset: LlavaDataset, damaged: dict[str, str], advance: Callable[[], None]) -> SourceReport:
-    """One source, its damaged pictures known."""
+def _examine(
+    dataset: LlavaDataset, damaged: dict[tuple[str, str | None], str], advance: Callable[[], None]
+) -> SourceReport:
+    """One source, its damaged pictures known by how they are fitted and their path."""
     report = SourceReport(dataset.source, str(dataset.annotations), dataset.sha256, samples=len(dataset))
-    report.findings = [Finding(s.record, s.id, s.kind, s.reason) for s in dataset.skipped]
-    report.missing = sum(s.kind == "missing" for s in dataset.skipped)
+    report.findings = [
+        Finding(s.record, s.id, "missing" if s.kind == MISSING else "format", s.reason) for s in dataset.skipped
+    ]
+    report.missing = sum(s.kind == MISSING for s in dataset.skipped)
     report.malformed = len(dataset.skipped) - report.missing
     report.pictures = len(dataset.pictures_used)
-    tokens = []
+    tokens, look = [], repr(dataset.pictures)
     for index in range(len(dataset)):
         record, path, number = dataset.record(index), dataset.picture(index), dataset.record_number(index)
         encoded = dataset.encode(record)
@@ -186,16 +190,16 @@ def _examine(dataset: LlavaDataset, damaged: dict[str, str], advance: Callable[[
         report.text_only += path is None
         report.truncated += encoded.truncated
         found = {}
-        if path in damaged:
+        if reason := damaged.get((look, path)):
             report.corrupt += 1
-            found["corrupt"] = damaged[path]
+            found["corrupt"] = reason
         if encoded.blanked:
             report.blanked += 1
             found["blanked"] = "cut off before its first answer" if encoded.truncated else "no answer has a text"
         if path is not None and encoded.truncated and IMAGE_TOKEN not in encoded.input_ids:
             report.unseen += 1
             found["unseen"] = f"{IMAGE_TAG} stands beyond max_length {dataset.max_length}"
-        name = str(record.get("id", number))
+        name = shown(record.get("id", number), 80)
         report.findings += [Finding(number, name, kind, reason) for kind, reason in found.items()]
         advance()
     report.tokens = {
@@ -209,10 +213,10 @@ def _examine(dataset: LlavaDataset, damaged: dict[str, str], advance: Callable[[
     return report
 
 
-def _damage(path: str, max_pixels: int) -> str | None:
+def _damage(path: str, pictures: Pictures) -> str | None:
     """Why a picture cannot be read, or None."""
     try:
-        open_picture(path, max_pixels)
+        pictures.open(path)
     except PictureError as error:
         return str(error)
     return None

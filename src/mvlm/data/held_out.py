@@ -11,8 +11,9 @@ from mvlm.data.mixture import Mixture
 def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
     """Take `count` samples with different pictures out of a mixture, spread over its sources in turn.
 
-    Whatever else shows one of those pictures is taken out as well, so the model has never seen them. Fewer are taken where the
-    mixture has fewer than eight times as many samples: a tiny run keeps its data.
+    Whatever else shows one of those pictures is taken out as well, so the model has never seen them. A sample whose picture cannot
+    be read, or lost its place in the text, is passed over. Fewer are taken where the mixture has fewer than eight times as many
+    samples: a tiny run keeps its data.
 
     Returns:
         The mixture without them, and the samples; fewer than two are no use (their pictures could not be swapped) and give none.
@@ -22,18 +23,19 @@ def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
         np.asarray(chosen, np.int64)[dataset.lengths[chosen] > 0]
         for dataset, chosen in zip(mixture.datasets, mixture.chosen, strict=True)
     ]
-    taken: dict[str, tuple[int, int]] = {}
+    taken: dict[str, Sample] = {}
     depth = 0
     while len(taken) < count and depth < max(map(len, places), default=0):
         depth += 1
         for which, there in enumerate(places):
             if depth <= len(there) and len(taken) < count:
-                place = int(there[-depth])
-                taken.setdefault(mixture.datasets[which].picture(place), (which, place))
+                dataset, place = mixture.datasets[which], int(there[-depth])
+                if (picture := dataset.picture(place)) not in taken and (sample := dataset[place]).picture:
+                    taken[picture] = sample
     if len(taken) < 2:
         return mixture, []
     shown = [
         begin + np.flatnonzero(np.isin(chosen, dataset.showing(taken)))
         for dataset, chosen, begin in zip(mixture.datasets, mixture.chosen, mixture.ends, strict=False)
     ]
-    return mixture.without(np.concatenate(shown)), [mixture.datasets[which][place] for which, place in taken.values()]
+    return mixture.without(np.concatenate(shown)), list(taken.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,7 +25,11 @@ MAX_PIXELS = 50_000_000
 
 
 class PictureError(ValueError):
-    """A picture that cannot be read; the message names the file and the reason."""
+    """A picture that cannot be read; the message names the file and the reason, `kind` says the latter in a few words."""
+
+    def __init__(self, message: str, kind: str = "damaged picture") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Pictures:
@@ -59,21 +64,39 @@ class Pictures:
         Raises:
             PictureError: it cannot be read, or is too narrow a strip to be fitted.
         """
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image, self.max_pixels)
+        picture = _rgb(image) if isinstance(image, Image.Image) else self.open(image)
         pixels = np.asarray(self.fit(picture))
         # In double precision up to here and single from here on: so the result is the reference's, bit for bit.
         scaled = (pixels * (1 / 255)).astype(np.float32)
         return torch.from_numpy((scaled - self.mean) / self.std).permute(2, 0, 1).contiguous()
 
+    def open(self, source: str | Path | bytes) -> Image.Image:
+        """A picture file as RGB, see `open_picture`.
+
+        Raises:
+            PictureError: it cannot be read, or is too narrow a strip to be fitted.
+        """
+        picture = open_picture(source, self.max_pixels)
+        try:
+            self._check(picture)
+        except PictureError as error:
+            raise PictureError(f"{_name(source)}: {error}", error.kind) from None
+        return picture
+
     def fit(self, picture: Image.Image) -> Image.Image:
         """An RGB picture to S x S, still in 0 to 255."""
         if self.mode == "letterbox":
             return self._letterbox(picture)
-        short, long = sorted(picture.size)
-        needed = self.size * self.size * long // short if self.mode == "square" else long * long
-        if needed > 4 * self.max_pixels:  # a strip one pixel wide would fill the memory
-            raise PictureError(f"{picture.width} x {picture.height} pixels are too narrow for mode {self.mode}")
+        self._check(picture)
         return self._crop(_expand(picture, self.fill) if self.mode == "pad" else picture)
+
+    def _check(self, picture: Image.Image) -> None:
+        """Raises PictureError if fitting a strip, one pixel wide say, would fill the memory."""
+        short, long = sorted(picture.size)
+        needed = {"square": self.size * self.size * long // short, "pad": long * long, "letterbox": 0}[self.mode]
+        if needed > 4 * self.max_pixels:
+            told = f"{picture.width} x {picture.height} pixels are too narrow for mode {self.mode}"
+            raise PictureError(told, "too narrow a picture")
 
     def _crop(self, picture: Image.Image) -> Image.Image:
         """Shorter side to S by bicubic, the longer one cut down in whole pixels, then the middle S x S (CLIP's
@@ -96,8 +119,8 @@ class Pictures:
 
 
 def open_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A picture file, decoded, as RGB: of an animation the first frame, transparency ignored, as the reference's
-    `convert("RGB")` has it.
+    """A picture file, decoded, as RGB: of an animation the first frame; transparency and the camera's orientation (EXIF) are
+    ignored, as the reference's `convert("RGB")` has it. Grey of more than 8 bits is scaled, where that cuts it to white.
 
     Args:
         source: path, or the bytes of a file.
@@ -106,26 +129,54 @@ def open_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Im
     Raises:
         PictureError: missing, empty, no picture, cut off, damaged or too large.
     """
-    name = "the picture" if isinstance(source, bytes) else str(source)
+    name = _name(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             width, height = picture.size
             if width * height == 0:
-                raise PictureError(f"{name}: the picture has no pixels ({width} x {height})")
+                raise PictureError(f"{name}: the picture has no pixels ({width} x {height})", "no pixels")
             if width * height > max_pixels:
-                raise PictureError(f"{name}: {width} x {height} pixels are more than the limit of {max_pixels:,}")
-            return picture.convert("RGB")
+                raise PictureError(
+                    f"{name}: {width} x {height} pixels are more than the limit of {max_pixels:,}",
+                    "too large a picture",
+                )
+            return _rgb(picture)
     except PictureError:
         raise
     except FileNotFoundError:
-        raise PictureError(f"{name}: there is no such file") from None
+        raise PictureError(f"{name}: there is no such file", "missing picture") from None
     except UnidentifiedImageError:
-        empty = len(source) == 0 if isinstance(source, bytes) else Path(source).stat().st_size == 0
-        raise PictureError(f"{name}: {'the file is empty' if empty else 'this is not a picture'}") from None
+        empty = (
+            len(source) == 0 if isinstance(source, bytes) else os.path.exists(source) and not os.path.getsize(source)
+        )
+        told = ("the file is empty", "empty file") if empty else ("this is not a picture", "not a picture")
+        raise PictureError(f"{name}: {told[0]}", told[1]) from None
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name}: too large: {error}") from None
+        raise PictureError(f"{name}: too large: {error}", "too large a picture") from None
     except Exception as error:  # Pillow's readers meet damage with anything: OSError, SyntaxError, struct.error ...
+        if getattr(error, "errno", None):  # the system's own: a folder, no right to read, a disk that is gone
+            raise PictureError(f"{name}: cannot be read ({error.strerror})", "unreadable file") from None
         raise PictureError(f"{name}: damaged or cut off ({type(error).__name__}: {error})") from error
+
+
+def _name(source: str | Path | bytes) -> str:
+    return "the picture" if isinstance(source, bytes) else str(source)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """Any mode to RGB by Pillow's `convert`. That cuts what is above 255 to white, and makes floats from 0 to 1 black: these grey
+    pictures are scaled before. Integers of 32 bits do not tell their range: it is the least of 8, 16 and 31 bits that holds them."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture.load()  # here damage is told; numpy would make something of it
+        grey = np.nan_to_num(np.asarray(picture, np.float32), posinf=255, neginf=0)
+        if picture.mode == "F":
+            full = 1 if grey.max() <= 1 else 255
+        else:
+            depths = (255, 65535, 2**31 - 1) if picture.mode == "I" else (65535,)
+            full = next(depth for depth in depths if grey.max() <= depth)
+        if full != 255:
+            picture = Image.fromarray((grey * (255 / full)).clip(0, 255).round().astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def _expand(picture: Image.Image, fill: tuple[int, ...]) -> Image.Image:

@@ -296,6 +296,8 @@ def read_records(file: BinaryIO, path: Path, seen: Callable[[bytes], Any] = lamb
                     fail(error.msg, error.pos)
             except RecursionError:
                 raise ValueError(f"{path} is nested too deeply to be a list of records") from None
+            except ValueError as error:  # a number of thousands of digits
+                fail(str(error), at)
             else:
                 if end < len(text) - DOUBTFUL or not more():
                     at = end

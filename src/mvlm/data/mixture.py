@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mvlm.data.dataset import LlavaDataset, Sample
+from mvlm.data.image import PictureError
 from mvlm.data.index import Kept
 
 
@@ -56,6 +57,10 @@ class Mixture(Dataset[Sample]):
         self.ends = np.cumsum([0, *map(len, self.chosen)]).tolist()
         """Where each dataset's samples begin among all those taken, and their number."""
         self._kept = Kept(self.ends[-1], np.array([], np.int64))
+        self.skipped = [one for dataset in self.datasets for one in dataset.skipped]
+        """Samples that are left out: bad records, and those whose picture was tried before training and could not be read."""
+        self.total = self.ends[-1] + len(self.skipped)
+        """Samples that were asked for, the bad records among them."""
         if not len(self):
             raise ValueError(f"the mixture of {', '.join(names) or 'no source'} has no sample")
 
@@ -68,6 +73,21 @@ class Mixture(Dataset[Sample]):
         rest = copy(self)
         rest._kept = Kept(self.ends[-1], np.union1d(self._kept.dropped, numbers))
         return rest
+
+    def unreadable(self, picture: str, error: PictureError) -> int:
+        """Puts the samples that show a picture which cannot be read among the `skipped`; they stay in their places.
+
+        Returns:
+            How many there are.
+
+        Raises:
+            PictureError: of a dataset with `on_bad_sample=stop`; the message names the record.
+        """
+        before = len(self.skipped)
+        for dataset, chosen in zip(self.datasets, self.chosen, strict=True):
+            places = np.intersect1d(dataset.showing([picture]), np.asarray(chosen, np.int64))
+            self.skipped += [dataset.unreadable(int(place), error) for place in places]
+        return len(self.skipped) - before
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -3,6 +3,9 @@
 A dialogue is rendered to one text together with the spans of the answers, tokenised once, and a token is labelled
 when it begins inside an answer. The reference instead tokenises turn by turn, subtracts two, and drops every label of
 a record whose sums disagree; where it labels, these labels are the same, and where it gives up, these are right.
+
+Only the template writes special tokens. Their names in a question or an answer ("</s>", "<|im_end|>") are text, in
+training and in prompts: nobody can close a turn that is not theirs. The reference reads them as the tokens.
 """
 
 from __future__ import annotations
@@ -10,18 +13,33 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN
-from mvlm.data.tokenizer import Tokenizer
+from mvlm.data.tokenizer import Spans, Tokenizer
 
 IMAGE_TAG = "<image>"
 
 HUMAN, ASSISTANT = "human", "gpt"
 """Who speaks in the `from` field of a LLaVA-format record."""
 
-Spans = list[tuple[int, int]]
-"""(first character, one past the last) of each stretch that is learned."""
+
+class DialogueError(ValueError):
+    """A record whose fields or dialogue do not fit. `kind` says in a few words what by, to count such records."""
+
+    def __init__(self, message: str, kind: str = "wrong type") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Piece(NamedTuple):
+    """A stretch of a rendered dialogue."""
+
+    text: str
+    said: bool = False
+    """By somebody in the dialogue: never a special token."""
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,16 +63,25 @@ class Template(ABC):
     """The special token after an answer, where the template has one."""
 
     @abstractmethod
-    def render(self, conversations: Sequence[dict[str, Any]], has_image: bool) -> tuple[str, Spans]:
-        """The whole text and the spans of its answers.
+    def pieces(self, conversations: Sequence[dict[str, Any]], has_image: bool) -> list[Piece]:
+        """The whole text in its stretches.
 
         Raises:
-            ValueError: the dialogue does not fit the template. Nothing is tokenised, so this is also a cheap check.
+            DialogueError: the dialogue does not fit the template. Nothing is tokenised, so this is also a cheap check.
         """
 
     @abstractmethod
     def open(self, text: str) -> str:
-        """One turn of the user and the beginning of the answer to it."""
+        """One turn of the user, word for word, and the beginning of the answer to it."""
+
+    def render(self, conversations: Sequence[dict[str, Any]], has_image: bool) -> tuple[str, Spans]:
+        """The whole text and the spans of its answers.
+
+        Raises:
+            DialogueError: the dialogue does not fit the template.
+        """
+        pieces = self.pieces(conversations, has_image)
+        return "".join(piece.text for piece in pieces), _spans(pieces, "learned")
 
     def encode(
         self,
@@ -78,9 +105,9 @@ class Template(ABC):
             ValueError: the dialogue does not fit the template, or the tokenizer lacks a token of it.
         """
         self._check(tokenizer)
-        text, spans = self.render(conversations, has_image)
-        ids, starts = _tokenise(text, tokenizer, has_image)
-        labels = _labels(ids, starts, spans)
+        pieces = self.pieces(conversations, has_image)
+        ids, starts = _tokenise("".join(p.text for p in pieces), _spans(pieces, "said"), tokenizer, has_image)
+        labels = _labels(ids, starts, _spans(pieces, "learned"))
         truncated = len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
         return Encoded(
@@ -96,7 +123,8 @@ class Template(ABC):
         self._check(tokenizer)
         if has_image and IMAGE_TAG not in text:
             text = f"{IMAGE_TAG}\n{text}" if text else IMAGE_TAG
-        ids, _ = _tokenise(self.open(text), tokenizer, has_image)
+        begin = self.open("\0").index("\0")
+        ids, _ = _tokenise(self.open(text), [(begin, begin + len(text))], tokenizer, has_image)
         return _widen(ids, ids, image_tokens)
 
     def stop_ids(self, tokenizer: Tokenizer) -> set[int]:
@@ -118,18 +146,21 @@ class Plain(Template):
 
     name = "plain"
 
-    def render(self, conversations: Sequence[dict[str, Any]], has_image: bool) -> tuple[str, Spans]:
+    def pieces(self, conversations: Sequence[dict[str, Any]], has_image: bool) -> list[Piece]:
         check_turns(conversations)
+        misfit = "no caption of a picture"
         if len(conversations) != 2:
-            raise ValueError(f"template plain takes one question and one caption, not {len(conversations)} turns")
+            raise DialogueError(
+                f"template plain takes one question and one caption, not {len(conversations)} turns", misfit
+            )
         if not has_image or IMAGE_TAG not in conversations[0]["value"]:
-            raise ValueError(
-                f"template plain needs a picture and {IMAGE_TAG} in the first turn; one of them is missing"
+            raise DialogueError(
+                f"template plain needs a picture and {IMAGE_TAG} in the first turn; one of them is missing", misfit
             )
         if conversations[1]["from"] == HUMAN:
-            raise ValueError("template plain learns the second turn, and here the human speaks it")
-        text = IMAGE_TAG + tag_first(conversations[1]["value"]) + "\n"
-        return text, [(len(IMAGE_TAG), len(text))]
+            raise DialogueError("template plain learns the second turn, and here the human speaks it", misfit)
+        caption = tag_first(conversations[1]["value"])
+        return [Piece(IMAGE_TAG), Piece(caption, said=True, learned=True), Piece("\n", learned=True)]
 
     def open(self, text: str) -> str:
         """The text and a line break; for a bare picture only its tag, which is what the caption follows in training."""
@@ -150,16 +181,15 @@ class V1(Template):
         "The assistant gives helpful, detailed, and polite answers to the user's questions. "
     )
 
-    def render(self, conversations: Sequence[dict[str, Any]], has_image: bool) -> tuple[str, Spans]:
-        text, spans = self.system, []
+    def pieces(self, conversations: Sequence[dict[str, Any]], has_image: bool) -> list[Piece]:
+        pieces = [Piece(self.system)]
         for speaker, said in turns(conversations, has_image):
-            text += "USER:" if speaker == HUMAN else "ASSISTANT:"
+            answers = speaker == ASSISTANT
+            pieces.append(Piece("ASSISTANT:" if answers else "USER:"))
             if said:  # an empty turn is its name alone, without the end of an answer
-                begin = len(text)
-                text += f" {said}" + (" " if speaker == HUMAN else self.ends_with)
-                if speaker == ASSISTANT:
-                    spans.append((begin, len(text)))
-        return text, spans
+                end = Piece(self.ends_with, learned=True) if answers else Piece(" ")
+                pieces += [Piece(" ", learned=answers), Piece(said, said=True, learned=answers), end]
+        return pieces
 
     def open(self, text: str) -> str:
         return f"{self.system}USER: {text} ASSISTANT:" if text else f"{self.system}USER:ASSISTANT:"
@@ -171,16 +201,17 @@ class ChatML(Template):
     name = "chatml"
     ends_with = "<|im_end|>"
 
-    def render(self, conversations: Sequence[dict[str, Any]], has_image: bool) -> tuple[str, Spans]:
-        text, spans = "", []
+    def pieces(self, conversations: Sequence[dict[str, Any]], has_image: bool) -> list[Piece]:
+        pieces = []
         for speaker, said in turns(conversations, has_image):
-            text += f"<|im_start|>{'user' if speaker == HUMAN else 'assistant'}\n"
-            begin = len(text)
-            text += said + self.ends_with
-            if speaker == ASSISTANT and said:
-                spans.append((begin, len(text)))
-            text += "\n"
-        return text, spans
+            learned = speaker == ASSISTANT and said != ""
+            pieces += [
+                Piece(f"<|im_start|>{'user' if speaker == HUMAN else 'assistant'}\n"),
+                Piece(said, said=True, learned=learned),
+                Piece(self.ends_with, learned=learned),
+                Piece("\n"),
+            ]
+        return pieces
 
     def open(self, text: str) -> str:
         return f"<|im_start|>user\n{text}{self.ends_with}\n<|im_start|>assistant\n"
@@ -202,39 +233,68 @@ def template(name: str) -> Template:
 
 def tag_first(text: str) -> str:
     """A turn with an image tag, answers included, is rewritten as the reference does: its tags go, the rest is
-    stripped, and one tag and a line break are put first. Other turns stay as they are."""
-    return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip() if IMAGE_TAG in text else text
+    stripped, and one tag and a line break are put first. Other turns stay as they are.
+
+    Raises:
+        DialogueError: without its tags the text has a new one, which would be a second picture's place.
+    """
+    if IMAGE_TAG not in text:
+        return text
+    rest = text.replace(IMAGE_TAG, "").strip()
+    if IMAGE_TAG in rest:
+        raise DialogueError(f"there is an {IMAGE_TAG} inside an {IMAGE_TAG}", "several placeholders")
+    return f"{IMAGE_TAG}\n{rest}".strip()
 
 
 def turns(conversations: Sequence[dict[str, Any]], has_image: bool) -> list[tuple[str, str]]:
     """(speaker, text) of each turn, the image tag moved first where there is a picture; a leading answer is skipped.
 
     Raises:
-        ValueError: no turn, a speaker that is neither human nor gpt, or two turns of the same one after each other.
+        DialogueError: no turn, a speaker that is neither human nor gpt, two turns of the same one after each other, or none of the human.
     """
     check_turns(conversations)
     for number, turn in enumerate(conversations, 1):
         if turn["from"] not in (HUMAN, ASSISTANT):
-            raise ValueError(f"turn {number} is spoken by {turn['from']!r}, who is neither {HUMAN!r} nor {ASSISTANT!r}")
+            raise DialogueError(
+                f"turn {number} is spoken by {turn['from'][:40]!r}, who is neither {HUMAN!r} nor {ASSISTANT!r}",
+                "unknown speaker",
+            )
     kept = conversations[1:] if conversations[0]["from"] == ASSISTANT else conversations
     for number, turn in enumerate(kept):
         if turn["from"] != (HUMAN, ASSISTANT)[number % 2]:
             number += 1 + len(conversations) - len(kept)
-            raise ValueError(f"turn {number} is a second one of {turn['from']!r} in a row; speakers must alternate")
+            raise DialogueError(
+                f"turn {number} is a second one of {turn['from']!r} in a row; speakers must alternate",
+                "speakers do not alternate",
+            )
+    if not kept:
+        raise DialogueError("the human has no turn: an answer without a question is not learned", "no human turn")
     return [(turn["from"], tag_first(turn["value"]) if has_image else turn["value"]) for turn in kept]
 
 
 def check_turns(conversations: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError unless the dialogue is a list of at least one `{"from": text, "value": text}`."""
+    """Raises DialogueError unless the dialogue is a list of at least one `{"from": text, "value": text}`."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
-        raise ValueError("`conversations` must be a list of at least one turn")
+        raise DialogueError("`conversations` must be a list of at least one turn")
     for number, turn in enumerate(conversations, 1):
         for field in ("from", "value"):
             if not isinstance(turn, dict) or not isinstance(turn.get(field), str):
-                raise ValueError(f"turn {number} has no text in `{field}`")
+                raise DialogueError(f"turn {number} has no text in `{field}`")
 
 
-def _tokenise(text: str, tokenizer: Tokenizer, has_image: bool) -> tuple[list[int], list[int]]:
+def _spans(pieces: Sequence[Piece], which: str) -> list[tuple[int, int]]:
+    """Spans of the pieces that have a mark, neighbours as one."""
+    spans: list[tuple[int, int]] = []
+    for piece, end in zip(pieces, accumulate(len(piece.text) for piece in pieces), strict=True):
+        if getattr(piece, which) and piece.text:
+            begin = end - len(piece.text)
+            if spans and spans[-1][1] == begin:
+                begin = spans.pop()[0]
+            spans.append((begin, end))
+    return spans
+
+
+def _tokenise(text: str, said: Spans, tokenizer: Tokenizer, has_image: bool) -> tuple[list[int], list[int]]:
     """Ids of a text and where each begins; with a picture the text is cut at its tags first, as the reference does."""
     ids, starts, begin = [], [], 0
     if tokenizer.bos_id is not None:
@@ -243,7 +303,8 @@ def _tokenise(text: str, tokenizer: Tokenizer, has_image: bool) -> tuple[list[in
         if number:
             ids.append(IMAGE_TOKEN)
             starts.append(begin - len(IMAGE_TAG))
-        part_ids, part_starts = tokenizer.encode_with_starts(part)
+        inside = [(max(a - begin, 0), min(b - begin, len(part))) for a, b in said]
+        part_ids, part_starts = tokenizer.encode_with_starts(part, [(a, b) for a, b in inside if a < b])
         ids += part_ids
         starts += [begin + s for s in part_starts]
         begin += len(part) + len(IMAGE_TAG)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,10 @@ NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 merge by concatenation, so the rest of the model stays and no protobuf package is needed."""
 
 
+Spans = Sequence[tuple[int, int]]
+"""(first character, one past the last) of stretches of a text."""
+
+
 class Tokenizer(Protocol):
     """What the templates need of a tokenizer."""
 
@@ -37,8 +41,11 @@ class Tokenizer(Protocol):
         """Ids of a text, special tokens inside it parsed, nothing added in front."""
         ...
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids, and for each the index of the character of `text` at which it begins (never decreasing)."""
+    def encode_with_starts(self, text: str, said: Spans = ()) -> tuple[list[int], list[int]]:
+        """Ids, and for each the index of the character of `text` at which it begins (never decreasing).
+
+        In the stretches `said`, ascending, a special token's name is text like any other: nobody can say a control token.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -85,8 +92,7 @@ class SentencePieceTokenizer:
             self._specials |= json.loads(added.read_text(encoding="utf-8"))
         self._names = {i: piece for piece, i in self._specials.items()}
         self.vocab_size = max(self._model.get_piece_size(), *(i + 1 for i in self._names))
-        longest_first = sorted(self._specials, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._split = _any_of(self._specials)
         # Bytes of text behind each piece: a byte token is one byte, and a space (three bytes as an underline) is one.
         pieces = range(self._model.get_piece_size())
         self._bytes = [
@@ -98,20 +104,18 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, special tokens inside it parsed, no `<s>` added."""
-        return [i for _, _, ids in self._parts(text) for i in ids]
+        return [i for _, _, _, ids in self._parts(text) for i in ids]
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+    def encode_with_starts(self, text: str, said: Spans = ()) -> tuple[list[int], list[int]]:
         """Ids, and for each the index of the character at which it begins (all bytes of one at the same).
 
         Raises:
             ValueError: the model's normaliser changes the text's length, so its pieces cannot be laid over the text.
         """
         ids, starts = [], []
-        for begin, part, part_ids in self._parts(text):
+        for begin, part, special, part_ids in self._parts(text, said):
             ids += part_ids
-            starts += (
-                [begin] if part in self._specials else [begin + s for s in self._starts(part, part_ids, begin == 0)]
-            )
+            starts += [begin] if special else [begin + s for s in self._starts(part, part_ids, begin == 0)]
         return ids, starts
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -124,15 +128,14 @@ class SentencePieceTokenizer:
         """Id of a special token, or None."""
         return self._specials.get(piece)
 
-    def _parts(self, text: str) -> Iterator[tuple[int, str, list[int]]]:
-        """Special tokens and the stretches between them: (index of the first character, text, ids)."""
-        begin = 0
-        for part in self._split.split(text):
-            if part in self._specials:
-                yield begin, part, [self._specials[part]]
-            elif part:
-                yield begin, part, self._model.encode(part) if self.legacy else self._encode_repaired(part, begin == 0)
-            begin += len(part)
+    def _parts(self, text: str, said: Spans = ()) -> Iterator[tuple[int, str, bool, list[int]]]:
+        """Special tokens and the stretches between them: (index of the first character, text, which of the two, ids)."""
+        for begin, part, special in _stretches(text, self._split, said):
+            yield begin, part, special, [self._specials[part]] if special else self._encode(part, begin == 0)
+
+    def _encode(self, part: str, first: bool) -> list[int]:
+        """A stretch of text."""
+        return self._model.encode(part) if self.legacy else self._encode_repaired(part, first)
 
     def _encode_repaired(self, part: str, first: bool) -> list[int]:
         """A stretch without `legacy`: only the first gets a space in front; the text `<unk>` guards leading spaces."""
@@ -177,6 +180,7 @@ class FastTokenizer:
         config = json.loads(files[1].read_text(encoding="utf-8"))
         self.vocab_size = self._tokenizer.get_vocab_size()
         self._specials = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._split = _any_of(self._specials)
 
         def named(key: str) -> int | None:
             value = config.get(key)
@@ -195,10 +199,24 @@ class FastTokenizer:
         """Ids of a text, special tokens inside it parsed, nothing added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+    def encode_with_starts(self, text: str, said: Spans = ()) -> tuple[list[int], list[int]]:
         """Ids, and for each the index of the character at which it begins."""
+        if not any(self._split.search(text, *span) for span in said):
+            return self._plain(text, 0)
+        ids, starts = [], []  # a special token's name is said: the library can treat all of them as text, or none
+        self._tokenizer.encode_special_tokens = True
+        try:
+            for begin, part, special in _stretches(text, self._split, said):
+                some = ([self._specials[part]], [begin]) if special else self._plain(part, begin)
+                ids, starts = ids + some[0], starts + some[1]
+        finally:
+            self._tokenizer.encode_special_tokens = False
+        return ids, starts
+
+    def _plain(self, text: str, at: int) -> tuple[list[int], list[int]]:
+        """Ids and starts of a text that begins at a character."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [begin for begin, _ in encoding.offsets]
+        return encoding.ids, [at + begin for begin, _ in encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens and picture placeholders left out."""
@@ -207,6 +225,25 @@ class FastTokenizer:
     def special_id(self, piece: str) -> int | None:
         """Id of a special token, or None."""
         return self._specials.get(piece)
+
+
+def _any_of(specials: Iterable[str]) -> re.Pattern[str]:
+    """Finds special tokens; of two that begin alike the longer one. Nothing, where there is none."""
+    return re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
+
+
+def _stretches(text: str, specials: re.Pattern[str], said: Spans) -> Iterator[tuple[int, str, bool]]:
+    """Special tokens outside of what is said, and all between them: (index of the first character, text, whether special)."""
+    begin, outside = 0, 0
+    for said_from, said_to in [*said, (len(text), len(text))]:
+        for match in specials.finditer(text, outside, said_from):
+            if begin < match.start():
+                yield begin, text[begin : match.start()], False
+            yield match.start(), match.group(), True
+            begin = match.end()
+        outside = said_to
+    if begin < len(text):
+        yield begin, text[begin:], False
 
 
 def load_tokenizer(folder: str | Path) -> SentencePieceTokenizer | FastTokenizer:

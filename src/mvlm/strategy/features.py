@@ -13,6 +13,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mvlm.data.image import PictureError
 from mvlm.model.mobilevlm import MobileVLM
 
 
@@ -25,6 +26,7 @@ def encode_pictures(
     autocast: torch.dtype | None = None,
     batch_size: int = 16,
     kept_in: str | Path | None = None,
+    unreadable: Callable[[str, PictureError], None] | None = None,
 ) -> dict[str, Tensor]:
     """The tower's output of every distinct picture.
 
@@ -32,22 +34,39 @@ def encode_pictures(
         pixels: picture file -> (3, S, S); what it prints as tells how.
         autocast: the precision the tower will have in training, too.
         kept_in: a folder where other runs find the same features, with the same tower, pictures, pixels and precision.
+        unreadable: told of each picture that cannot be read, in this run or in the one that kept the features; it may raise.
 
     Returns:
-        path -> (N, Dv) in `autocast`'s type, on the CPU: N * Dv * 2 bytes a picture, 442 kB at 576 x 384.
+        path -> (N, Dv) in `autocast`'s type, on the CPU: N * Dv * 2 bytes a picture, 442 kB at 576 x 384. Pictures that cannot be
+        read are not among them.
+
+    Raises:
+        PictureError: one cannot be read, and there is no `unreadable`.
     """
     distinct, device = sorted(set(paths)), next(model.parameters()).device
-    features: dict[str, Tensor] = {}
     file = kept_in and Path(kept_in) / f"{_fingerprint(model, distinct, pixels, autocast)}.safetensors"
-    if file and file.exists():
-        return load_file(file)
+    features: dict[str, Tensor] = load_file(file) if file and file.exists() else {}
+
+    def read(path: str) -> Tensor | None:
+        try:
+            return pixels(path)
+        except PictureError as error:
+            if unreadable is None:
+                raise
+            unreadable(path, error)
+            return None
+
+    known = len(features)
+    distinct = [path for path in distinct if path not in features]
     starts = range(0, len(distinct), batch_size)
     with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-        for start in track(starts, description=f"encoding {len(distinct)} pictures"):
-            some = distinct[start : start + batch_size]
-            encoded = model.encode(torch.stack([pixels(path) for path in some]).to(device))
-            features.update(zip(some, encoded.to(autocast or encoded.dtype).cpu().contiguous(), strict=True))
-    if file:
+        for start in track(starts, description=f"encoding {len(distinct)} pictures", disable=not distinct):
+            found = {path: read(path) for path in distinct[start : start + batch_size]}
+            some = {path: picture for path, picture in found.items() if picture is not None}
+            if some:
+                encoded = model.encode(torch.stack(list(some.values())).to(device))
+                features.update(zip(some, encoded.to(autocast or encoded.dtype).cpu().contiguous(), strict=True))
+    if file and len(features) > known:
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(f".{os.getpid()}")
         save_file(features, aside)
@@ -59,7 +78,11 @@ def _fingerprint(model: MobileVLM, files: list[str], pixels: object, autocast: t
     """Of all that features depend on; pictures by path, size and time of change."""
     device = next(model.parameters()).device.type
     told = [torch.__version__, device, str(autocast), repr(pixels), repr(model.vision)]
-    told += [[path, (stat := os.stat(path)).st_size, stat.st_mtime_ns] for path in files]
+    for path in files:
+        try:
+            told.append([path, (stat := os.stat(path)).st_size, stat.st_mtime_ns])
+        except OSError:  # gone; reading it will tell
+            told.append([path])
     whole = sha256(json.dumps(told).encode())
     for name, weight in model.vision.state_dict().items():
         whole.update(name.encode() + weight.detach().cpu().float().numpy().tobytes())

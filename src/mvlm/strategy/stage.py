@@ -118,8 +118,9 @@ class Stage(L.LightningModule):
         loss = self.model(batch)
         tokens, share = batch.step_tokens or loss.tokens, self.trainer.accumulate_grad_batches
         tokens, share = self._over_devices(tokens), share * self.trainer.world_size
-        if tokens == 0:
+        if tokens == 0 and not self._over_devices(len(batch.step_skipped)):
             raise ValueError(f"no token of this step is labelled, there is nothing to learn: samples {batch.ids}")
+        tokens = max(tokens, 1)  # of a step whose samples all could not be read
         self._sum += float(loss.total.detach()) / tokens
         if self._deepspeed:  # it divides by the number of micro-batches once more
             share *= self.trainer.accumulate_grad_batches
