@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
+import shutil
 import sys
 import time
 import warnings
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mvlm import build, engine, score
+from mvlm import build, engine, resume, score
 from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
 from mvlm.data.corpus import Corpus
@@ -40,7 +40,7 @@ from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.run import AXES, Run, overridden, write_json
+from mvlm.run import AXES, Run, content, overridden, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
 from mvlm.strategy.features import encode_pictures
@@ -157,7 +157,8 @@ def stage(
     words: Tokenizer,
     wandb: WandbLogger | None = None,
 ) -> None:
-    """Train a stage and save it. The model goes on from the stage before, or from its pretrained parts.
+    """Train a stage and save it. The model goes on from the stage before, or from its pretrained parts; or from the newest checkpoint inside
+    the stage, if there is one (`mvlm.resume`).
 
     An engine that cuts the model up (all but plain and DDP) uses it up: it is left without its parts, whose memory is free again, and the
     next stage builds another.
@@ -188,8 +189,14 @@ def stage(
         cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
     skips = Skips(name, data[name])
     facts: dict = {"engine": how}
+    kept = resume.newest(folder) if how in resume.ENGINES else None
     if from_words:
-        facts["start"] = start_from_words(model, data[name], files, words, autocast)
+        start = folder / "start.json"
+        if not (kept and start.exists()):
+            facts["start"] = start_from_words(model, data[name], files, words, autocast)
+            folder.mkdir(exist_ok=True)
+            write_json(start, facts["start"])
+        facts["start"] = json.loads(start.read_text())
     if in_pieces:  # a device without pictures runs the tower on a blank one, and the others must then run it, too
         for dataset in (d for m in data.values() if m for d in m.datasets):
             dataset.features = None
@@ -208,22 +215,35 @@ def stage(
         **OmegaConf.to_container(cfg.recipe.optimizer),
         name=name,
         held_out=collate(held_out, words.pad_id) if held_out else None,
+        seed=cfg.seed,
+        on_divergence=cfg.on_divergence,
     )
     watching = []
     if metrics := validation(cfg, files, [how]):
         answering = build.asking(cfg, words, lambda: model) | {"batch_size": 32, "max_new_tokens": 32}
         watching = [Validation(metrics, cfg.val_every, precision=autocast or torch.float32, **answering)]
+    rows = resume.Rows(run.folder, name=name, version="")
     trainer = L.Trainer(
         **{k: v for k, v in trainer_arguments.items() if k != "_target_"},
         max_epochs=recipe.epochs,
         accumulate_grad_batches=loader.accumulation,
         gradient_clip_val=cfg.recipe.clip,
-        logger=[CSVLogger(run.folder, name=name, version=""), *([wandb] if wandb else [])],
-        callbacks=[Bar(name), skips, *watching],
+        logger=[rows, *([wandb] if wandb else [])],
+        callbacks=[
+            Bar(name),
+            skips,
+            resume.Keeper(folder, cfg.checkpoint_every, saves=how in resume.ENGINES),
+            *watching,
+        ],
+        plugins=[resume.PlainCheckpoints(content(cfg))],
         default_root_dir=run.folder,
     )
     projector_parameters = sum(p.numel() for p in model.projector.parameters())  # sharding leaves them without a size
-    trainer.fit(module, loader)
+    if kept:
+        rows.go_on(int(kept.name[5:]))
+        if trainer.is_global_zero:
+            Console().print(f"{name} goes on from {kept}")
+    trainer.fit(module, loader, ckpt_path=kept)
     if module.weights is None:
         if adapters is not None:
             model.language = adapters.merge_and_unload()
@@ -234,7 +254,7 @@ def stage(
     if trainer.is_global_zero:
         look = {**OmegaConf.to_container(cfg.model.pictures), "mode": recipe.pictures}
         save_checkpoint(done, folder, extras={"image_aspect_ratio": recipe.pictures, "mvlm_pictures": look})
-        seconds = time.monotonic() - began
+        seconds = module.seconds + time.monotonic() - began
         write_json(
             folder / "stage.json",
             facts
@@ -243,6 +263,7 @@ def stage(
                 "samples": mixture.counts,
                 "held_out": len(held_out),
                 "skipped": skips.summary(),
+                "skipped_steps": module.skipped,
                 "seconds": round(seconds, 1),
                 "samples_per_second": round(len(mixture) * recipe.epochs / seconds, 3),
                 "image_tokens": model.image_tokens,
@@ -253,6 +274,8 @@ def stage(
                 "history": module.history,
             },
         )
+        for one in resume.checkpoints(folder):
+            shutil.rmtree(one)
     trainer.strategy.barrier()  # no process goes on to the next stage before this one is saved
 
 
@@ -346,8 +369,9 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
     W&B run. It is open from here on, and ends as the process does: an error or an interrupt marks it as failed, and one that is
     killed says nothing of its end, by which W&B knows it as crashed. Its group is W&B's own WANDB_RUN_GROUP.
 
-    A process told to stop (SIGTERM) ends with 143 as usual: Lightning's own exception would end it with 0.
+    A process told to stop (SIGTERM, SIGUSR1) ends with `resume.REQUEUE`, in a stage after it has saved itself.
     """
+    resume.on_signals(resume.ends_with_requeue)
     chosen: partial = instantiate(cfg.logger)
     logger = None
     if chosen.func is not CSVLogger:
@@ -361,8 +385,8 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
     except BaseException as error:
         if logger:
             logger.experiment.finish(exit_code=1)
-        if isinstance(error, SIGTERMException):
-            raise SystemExit(128 + signal.SIGTERM) from None
+        if isinstance(error, SIGTERMException):  # Lightning's own would end the process with 0
+            raise SystemExit(resume.REQUEUE) from None
         raise
     if logger:
         # By every process that ends well: of a run that was interrupted, W&B keeps the last one's summary.

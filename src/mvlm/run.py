@@ -39,6 +39,8 @@ MACHINE_KEYS = (
     "features",
     "workers",
     "on_bad_sample",
+    "on_divergence",
+    "checkpoint_every",
     "trainer",
     "logger",
     "evaluate",
