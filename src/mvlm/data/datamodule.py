@@ -144,14 +144,20 @@ class StepLoader:
     def __iter__(self) -> Iterator[Batch]:
         done = self.batches.epoch * self.batches.steps + self.batches.start
         remaining = len(self.batches)
-        loader = iter(DataLoader(self.dataset, batch_sampler=self.batches, **self.loading))
+        loader, told = iter(DataLoader(self.dataset, batch_sampler=self.batches, **self.loading)), None
         while True:
             try:
                 micro_batches = next(loader)
             except StopIteration:
                 return
             except PictureError as error:  # a worker's comes with its traceback before it
-                raise PictureError(str(error).rsplit(f"{PictureError.__name__}: ", 1)[-1].strip()) from None
+                told = str(error).rsplit(f"{PictureError.__name__}: ", 1)[-1].strip()
+                error.__traceback__ = None
+            if told:
+                del (
+                    loader
+                )  # nothing holds it: the workers end here, else each keeps the process for 5 seconds when that ends
+                raise PictureError(told)
             remaining -= 1
             if remaining == 0:  # before the last batches are handed out: Lightning counts them and asks no further
                 self.batches.seek(done + 1)
