@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +19,9 @@ from safetensors.torch import load_file
 from mvlm import build, fit, resume
 from mvlm.run import Run
 from mvlm.strategy.stage import Stage
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Killed(BaseException):
@@ -175,6 +181,80 @@ def test_names_alone_make_no_checkpoint(tmp_path, caplog) -> None:
     assert resume.newest(tmp_path) is None and "step-9 is left out: it is not whole" in caplog.text
     shutil.rmtree(tmp_path / "step-9")
     assert resume.newest(tmp_path) is None
+
+
+SCRIPT = """
+import os, random, runpy, signal, sys, time
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from mvlm import build, fit, score
+torch.set_num_threads(1)
+main = runpy.run_path("train.py")["main"]
+
+def start(cell):
+    if (child := os.fork()) == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        with initialize_config_dir(os.path.abspath("conf"), version_base="1.3"):
+            words = [*sys.argv[1:], f"cell={cell}"]
+            HydraConfig.instance().set_config(compose("train", words, return_hydra_config=True))
+            cfg = compose("train", words)
+        main(cfg)
+        os._exit(0)
+    return child
+
+began = time.monotonic()
+assert os.waitpid(start("whole"), 0)[1] == 0
+took = time.monotonic() - began
+draw, kills, cells = random.Random(0), 0, 0
+while kills < KILLS:
+    child = start(f"killed{cells}")
+    end = time.monotonic() + draw.uniform(0, took / 2)
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+        time.sleep(0.002)
+    if ended[0]:
+        assert ended[1] == 0, ended
+        cells += 1
+        continue
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+assert os.waitpid(start(f"killed{cells}"), 0)[1] == 0
+print(kills, cells + 1)
+"""
+"""A whole run, uninterrupted; then the same again and again, killed at moments drawn by lot and repeated until it has ended by itself."""
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(nano_cache, tmp_path) -> None:
+    """In both stages, between them, while a checkpoint is written and while the benchmarks are answered."""
+    words = [
+        "model=nano",
+        "trainer=cpu",
+        "trainer.precision=32-true",
+        "logger=csv",
+        "checkpoint_every=1",
+        f"runs={tmp_path}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.replace("KILLS", "20"), *words],
+        cwd=ROOT, env={**os.environ, "MVLM_CACHE": str(nano_cache)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, cells = map(int, done.stdout.split())
+    assert kills == 20 and cells >= 1
+    whole = tmp_path / "whole"
+    for number in range(cells):
+        run = tmp_path / f"killed{number}"
+        for stage in ("pretrain", "finetune"):
+            assert told(run / stage) == told(whole / stage)
+            assert weights(run / stage) == weights(whole / stage)
+            assert rows(run / stage) == rows(whole / stage)
+        for file in sorted((whole / "answers").rglob("*.jsonl")):
+            beside = run / "answers" / file.relative_to(whole / "answers")
+            assert sorted(beside.read_text().splitlines()) == sorted(file.read_text().splitlines()), file.name
+        scored = [json.loads((r / "results.json").read_text()) for r in (run, whole)]
+        assert scored[0]["benchmarks"] == scored[1]["benchmarks"] and scored[0]["avg"] == scored[1]["avg"]
 
 
 # ------------------------------------------------------------------------------------------------------- divergence
