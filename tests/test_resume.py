@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from mvlm import build, fit, resume
+from mvlm.replay import replay
 from mvlm.run import Run
 from mvlm.strategy.stage import Stage
-
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -283,9 +283,19 @@ def test_a_gradient_that_is_no_number_stops_before_any_weight_changes(configure,
     ):
         train(configure, tmp_path)
     folder = tmp_path / "c" / "finetune"
-    replay = json.loads((folder / "diverged-3.json").read_text())
-    assert len(replay["ids"]) > 1 and [one["step"] for one in replay["losses"]] == [1, 2]
+    replayed = json.loads((folder / "diverged-3.json").read_text())
+    assert len(replayed["ids"]) > 1 and [one["step"] for one in replayed["losses"]] == [1, 2]
     assert resume.newest(folder).name == "step-2"
+
+    rows = replay(folder / "diverged-3.json")
+    assert sorted(row[0] for row in rows) == sorted(replayed["ids"])
+    # Within 2 %: the step itself had dropout in its adapters.
+    assert sum(row[2] * row[3] for row in rows) / sum(row[2] for row in rows) == pytest.approx(
+        replayed["loss"], rel=0.02
+    )
+    (folder / "diverged-3.json").write_text(json.dumps(replayed | {"ids": ["another"]}))
+    with pytest.raises(ValueError, match=r"has the samples .* now, and had \['another'\]"):
+        replay(folder / "diverged-3.json")
 
 
 def test_such_a_step_is_skipped_by_policy(configure, monkeypatch, tmp_path) -> None:

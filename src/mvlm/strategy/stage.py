@@ -194,7 +194,14 @@ class Stage(L.LightningModule):
             dist.all_gather_object(everyone, ids)
             ids = [one for some in everyone for one in some]
         file = Path(self.trainer.default_root_dir) / self.name / f"diverged-{step}.json"
-        told = {"stage": self.name, "step": step, "reason": reason, "ids": ids, "losses": self.history[-LOOKED_BACK:]}
+        told = {
+            "stage": self.name,
+            "step": step,
+            "reason": reason,
+            "loss": self._mean,
+            "ids": ids,
+            "losses": self.history[-LOOKED_BACK:],
+        }
         if self.trainer.is_global_zero:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(told, indent=2) + "\n")
