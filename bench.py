@@ -2,6 +2,7 @@
 
     python bench.py target=evaluate run=runs/pocket-ldpv2-v2-unfreeze_llm-s0      the benchmark loop beside generate()
     python bench.py target=evaluate precision=float32 questions=24                    the pretrained parts, answers equal to the letter
+    python bench.py target=decode model=1.7b                                          256 tokens beside generate() and the memory's limit
     python bench.py target=device models=[1.7b:ldpv2,1.7b:pw2] threads=1              the paper's Table 5, in llama.cpp
     python bench.py target=device models=[runs/<run>/gguf/q4_k] llama_cpp=<build folder> gpu_layers=99
 
