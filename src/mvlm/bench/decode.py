@@ -177,8 +177,8 @@ def _show(measured: dict[str, Any]) -> None:
         rounds = " ".join(f"{s:.2f}" for s in way["seconds"])
         table.add_row(name, f"{way['tokens_per_second']:.2f}", f"{way['share']:.1%}", rounds)
     Console().print(table)
-    told = f"limit {measured['limit']:.2f} tokens/s: {measured['bandwidth'] / 1e9:,.1f} GB/s over {measured['reads'] / 1e6:,.0f} MB a token"
+    told = f"{measured['bandwidth'] / 1e9:,.1f} GB/s over {measured['reads'] / 1e6:,.0f} MB a token, threads: {measured['threads']}"
+    Console().print(f"limit {measured['limit']:,.2f} tokens/s: {told}")
     Console().print(
-        f"{told}; {measured['threads']} threads; ratio of the medians {measured['ratio']:.2f}; "
-        f"the first {measured['same']} of {TOKENS} tokens agree"
+        f"ratio of the medians {measured['ratio']:.2f}; the first {measured['same']} of {TOKENS} tokens agree"
     )

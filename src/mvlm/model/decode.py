@@ -35,8 +35,8 @@ class Room(DynamicLayer):
         self.keys, self.values = (one[:, :, :length] for one in self.whole)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.place, key_states)
-        self.values.index_copy_(2, self.place, value_states)
+        for whole, new in ((self.keys, key_states), (self.values, value_states)):
+            whole.index_copy_(2, self.place, new.to(whole.dtype))  # autocast may have widened what came before
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
