@@ -89,9 +89,10 @@ def test_rows_may_leave(way):
         assert decoder.step().tolist() == [whole[row][1 + number] for row in running]
 
 
-def test_one_captured_decoder_serves_all_that_fit(monkeypatch):
-    """Also after a prompt whose numbers overflowed."""
-    monkeypatch.setattr(decode, "captures", lambda *some: True)
+@pytest.mark.parametrize("way", WAYS)
+def test_one_decoder_serves_all_that_fit(way, monkeypatch):
+    """A captured one attends to all places, so not even a prompt whose numbers overflowed may leave a trace."""
+    monkeypatch.setattr(decode, "captures", lambda *some: way is Captured)
     language = llama()
     decoders = Decoders(language)
     made = []
@@ -106,7 +107,7 @@ def test_one_captured_decoder_serves_all_that_fit(monkeypatch):
         for room in decoder.cache.layers:
             for one in room.whole:
                 one.fill_(float("nan"))
-    assert made[0] is made[1] is made[2] is not made[3]
+    assert type(made[0]) is way and made[0] is made[1] is made[2] is not made[3]
     assert (made[0].rows, made[0].length) == (3, 256) and (made[3].rows, made[3].length) == (1, 512)
 
 

@@ -20,7 +20,7 @@ MASKED = ("eager", "sdpa", "grouped")
 """Attention implementations that take a mask of zeros and minus infinities. The others are told of real positions, and not captured."""
 
 BLOCK = 256
-"""A captured decoder's length is a multiple of it, so that a slightly longer prompt needs no other graph."""
+"""A decoder's length is a multiple of it, so that a slightly longer prompt needs no other."""
 
 
 class Room(DynamicLayer):
@@ -31,12 +31,12 @@ class Room(DynamicLayer):
         self.whole, self.place, self.is_initialized = (keys, values), place, True
         self.keys, self.values = keys, values
 
-    def show(self, length: int) -> None:
-        self.keys, self.values = (one[:, :, :length] for one in self.whole)
+    def show(self, rows: int, length: int) -> None:
+        self.keys, self.values = (one[:rows, :, :length] for one in self.whole)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        for whole, new in ((self.keys, key_states), (self.values, value_states)):
-            whole.index_copy_(2, self.place, new.to(whole.dtype))  # autocast may have widened what came before
+        for shown, new in ((self.keys, key_states), (self.values, value_states)):
+            shown.index_copy_(2, self.place, new.to(shown.dtype))  # autocast may have widened what came before
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -48,14 +48,12 @@ class Decoder:
 
     Args:
         language: a decoder as transformers builds them.
-        past: the prompts' keys and values; the shapes and types are taken from it.
-        rows, length: prompts, and positions of the longest with all that may follow it.
+        past: keys and values of prompts, for their shapes and types.
+        rows, length: the most prompts, and the most positions of a prompt and what follows it.
     """
 
-    sliced = True
-
     def __init__(self, language: nn.Module, past: Cache, rows: int, length: int) -> None:
-        self.language = language
+        self.language, self.rows, self.length = language, rows, length
         like = past.layers[0].keys
         self.place = torch.zeros(1, dtype=torch.long, device=like.device)
         self.ids, self.positions = self.place.new_zeros(rows, 1), self.place.new_zeros(rows, 1)
@@ -72,45 +70,47 @@ class Decoder:
             real: (rows, positions), 1 at real positions and 0 at the padding before them.
             ids: (rows,) the first token of each answer.
         """
-        rows, self.end = real.shape
+        self.running, self.end = real.shape
         for room, layer in zip(self.cache.layers, past.layers, strict=True):
             for whole, one in zip(room.whole, (layer.keys, layer.values), strict=True):
-                whole[:rows, :, : self.end] = one
+                whole[: self.running, :, : self.end] = one
             layer.reset()
-        self.mask.fill_(float("-inf"))[:rows, 0, 0, : self.end].masked_fill_(real.bool(), 0)
-        self.ids[:rows, 0], self.positions[:rows, 0] = ids, real.sum(1)
+        self.mask.fill_(float("-inf"))[: self.running, 0, 0, : self.end].masked_fill_(real.bool(), 0)
+        self.ids[: self.running, 0], self.positions[: self.running, 0] = ids, real.sum(1)
         self.place.fill_(self.end)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
-        for room in self.cache.layers:
-            room.whole = tuple(one[rows] for one in room.whole)
-        self.ids, self.positions, self.mask = self.ids[rows], self.positions[rows], self.mask[rows]
+        """Go on with these of the rows alone."""
+        self.running = len(rows)
+        seen = [one[:, :, : self.end] for room in self.cache.layers for one in room.whole]
+        for one in (*seen, self.ids, self.positions, self.mask):
+            one[: self.running] = one[rows]
 
     def step(self) -> Tensor:
         """The next token of each row, (rows,); overwritten by the next step."""
         self.end += 1
         for room in self.cache.layers:
-            room.show(self.end)
+            room.show(self.running, self.end)
         self._advance()
-        return self.ids[:, 0]
+        return self.ids[: self.running, 0]
 
     def _advance(self) -> None:
         """A step. Reads no value on the host and replaces no tensor, or it could not be captured."""
-        self.mask.index_fill_(3, self.place, 0)
-        mask = self.mask[..., : self.cache.layers[0].keys.shape[2]]
+        rows, _, length, _ = self.cache.layers[0].keys.shape
+        ids, positions, mask = self.ids[:rows], self.positions[:rows], self.mask[:rows, ..., :length]
+        mask.index_fill_(3, self.place, 0)
         if self.language.config._attn_implementation not in MASKED:
             mask = mask[:, 0, 0] == 0
-        hidden = self._read(self.language.get_input_embeddings()(self.ids), mask)
-        self.ids.copy_(self.language.lm_head(hidden[:, -1]).argmax(-1, keepdim=True))
-        self.positions.add_(1)
+        hidden = self._read(self.language.get_input_embeddings()(ids), positions, mask)
+        ids.copy_(self.language.lm_head(hidden[:, -1]).argmax(-1, keepdim=True))
+        positions.add_(1)
         self.place.add_(1)
 
-    def _read(self, words: Tensor, mask: Tensor) -> Tensor:
+    def _read(self, words: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         return self.language.model(
             inputs_embeds=words,
             attention_mask=mask,
-            position_ids=self.positions,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
@@ -126,7 +126,6 @@ class Captured(Decoder):
 
     def __init__(self, language: nn.Module, past: Cache, rows: int, length: int) -> None:
         super().__init__(language, past, rows, length)
-        self.rows, self.length = rows, length
         self.compiled = self.place.is_cuda and rows == 1 and isinstance(language.model, LlamaModel)
         self.run = self._capture() if self.place.is_cuda else self._advance
 
@@ -156,15 +155,15 @@ class Captured(Decoder):
                     self._advance()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may load data meanwhile
                 self._advance()
         return graph.replay
 
-    def _read(self, words: Tensor, mask: Tensor) -> Tensor:
+    def _read(self, words: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         if not self.compiled:
-            return super()._read(words, mask)
+            return super()._read(words, positions, mask)
         net, hidden = self.language.model, words
-        turn = net.rotary_emb(words, position_ids=self.positions)
+        turn = net.rotary_emb(words, position_ids=positions)
         for layer, room in zip(net.layers, self.cache.layers, strict=True):
             hidden = _compiled()(layer, hidden, mask, turn, room)
         return net.norm(hidden)
@@ -181,27 +180,24 @@ def _layer(layer: nn.Module, hidden: Tensor, mask: Tensor, turn: tuple[Tensor, T
 
 
 class Decoders:
-    """A decoder for each batch of prompts; a captured one is kept for the batches that fit into it.
+    """A decoder for each batch of prompts: the same one again for all that fit into it.
 
-    So whoever comes with the longest first pays for one capture.
+    So whoever comes with the longest first pays for its memory, and for a capture, once.
     """
 
     def __init__(self, language: nn.Module) -> None:
         self.language = language
-        self.kept: Captured | None = None
+        self.kept: Decoder | None = None
 
     def begin(self, past: Cache, real: Tensor, ids: Tensor, limit: int) -> Decoder:
         """A decoder that went through `Decoder.begin` and has room for `limit` steps."""
-        rows, length = len(ids), real.shape[1] + limit
-        if captures(self.language, ids.device):
-            if self.kept is None or self.kept.rows < rows or self.kept.length < length:
-                self.kept = None  # its memory goes first
-                self.kept = Captured(self.language, past, rows, -(-length // BLOCK) * BLOCK)
-            decoder: Decoder = self.kept
-        else:
-            decoder = Decoder(self.language, past, rows, length)
-        decoder.begin(past, real, ids)
-        return decoder
+        rows, length = len(ids), -(-(real.shape[1] + limit) // BLOCK) * BLOCK
+        kind = Captured if captures(self.language, ids.device) else Decoder
+        if type(self.kept) is not kind or self.kept.rows < rows or self.kept.length < length:
+            self.kept = None  # its memory goes first
+            self.kept = kind(self.language, past, rows, length)
+        self.kept.begin(past, real, ids)
+        return self.kept
 
 
 def captures(language: nn.Module, device: torch.device) -> bool:
