@@ -149,9 +149,7 @@ class Captured(Decoder):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
-                for _ in range(
-                    3
-                ):  # kernels are chosen, compiled and given their memory before the capture, as torch asks
+                for _ in range(3):  # torch asks for it: kernels are compiled and get their memory before the capture
                     self._advance()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
