@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -353,10 +353,18 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
 
 
 def world_size(trainer: Mapping[str, Any]) -> int:
-    """Devices that the trainer will use."""
+    """Devices that the trainer will use.
+
+    Raises:
+        ValueError: there are no such ones.
+    """
     quiet()
     keys = ("accelerator", "devices", "num_nodes")
-    return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
+    try:
+        return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
+    except MisconfigurationException as error:
+        told = ", ".join(f"trainer.{k}={trainer[k]}" for k in keys)
+        raise ValueError(f"{told} cannot be had on this machine: {error}") from None
 
 
 class Bar(TQDMProgressBar):
