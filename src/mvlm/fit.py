@@ -131,8 +131,8 @@ def validation(cfg: DictConfig, files: Corpus, engines: Collection[str] = ()) ->
         )
     if sharded := {*(engines or [engine.name(cfg.trainer.strategy)])} & {*engine.SHARDED}:
         raise ValueError(
-            f"val_every={cfg.val_every}: with {sharded.pop()} each device keeps a piece of the weights (trainer.strategy="
-            f"{cfg.trainer.strategy}), and answering needs all of them. Set val_every=null, trainer=ddp or trainer=zero2"
+            f"val_every={cfg.val_every}: {sharded.pop()}, by trainer.strategy={cfg.trainer.strategy}, keeps a piece of the weights on each "
+            "device, and answering needs all of them. Set val_every=null, trainer=ddp or trainer=zero2"
         )
     return [
         BenchmarkMetric(b, cfg.val_items)
@@ -433,3 +433,4 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")  # so it is told to
