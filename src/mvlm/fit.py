@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -136,8 +136,8 @@ def validation(cfg: DictConfig, files: Corpus, engines: Collection[str] = ()) ->
         )
     if sharded := {*(engines or [engine.name(cfg.trainer.strategy)])} & {*engine.SHARDED}:
         raise ValueError(
-            f"val_every={cfg.val_every}: with {sharded.pop()} each device keeps a piece of the weights (trainer.strategy="
-            f"{cfg.trainer.strategy}), and answering needs all of them. Set val_every=null, trainer=ddp or trainer=zero2"
+            f"val_every={cfg.val_every}: {sharded.pop()}, by trainer.strategy={cfg.trainer.strategy}, keeps a piece of the weights on each "
+            "device, and answering needs all of them. Set val_every=null, trainer=ddp or trainer=zero2"
         )
     return [
         BenchmarkMetric(b, cfg.val_items)
@@ -395,10 +395,18 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
 
 
 def world_size(trainer: Mapping[str, Any]) -> int:
-    """Devices that the trainer will use."""
+    """Devices that the trainer will use.
+
+    Raises:
+        ValueError: there are no such ones.
+    """
     quiet()
     keys = ("accelerator", "devices", "num_nodes")
-    return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
+    try:
+        return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
+    except MisconfigurationException as error:
+        told = ", ".join(f"trainer.{k}={trainer[k]}" for k in keys)
+        raise ValueError(f"{told} cannot be had on this machine: {error}") from None
 
 
 class Bar(TQDMProgressBar):
@@ -468,3 +476,4 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # StepData is, by its own state
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")  # so it is told to

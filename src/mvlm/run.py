@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -57,6 +58,10 @@ MACHINE_KEYS = (
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightning", "torchmetrics", "hydra-core", "wandb")
 
 
+PATIENCE = 600
+"""Seconds that a process waits for the first one to open the run folder."""
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one level of dotted keys."""
     if isinstance(tree, Mapping):
@@ -69,6 +74,11 @@ def write_json(path: Path, content: Any) -> None:
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     aside.replace(path)
+
+
+def first_process() -> bool:
+    """Whether this is the first of the processes that train together, whatever started them: Lightning, torchrun or SLURM."""
+    return not any(int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def file_hash(path: Path) -> str:
@@ -123,12 +133,15 @@ class Run:
 
     @classmethod
     def open(cls, cfg: DictConfig) -> Run:
-        """Make the folder of a configuration, or find it again.
+        """Make the folder of a configuration, or find it again. Of processes that train together the first one does so.
 
         Raises:
             ValueError: the folder holds another configuration (the message lists what differs), or another process trains there.
         """
         run = cls(Path(cfg.runs) / (cfg.cell or cell_name(cfg)))
+        if not first_process():
+            run.wait()
+            return run
         if differs := run.differs(cfg):
             raise ValueError(
                 f"{run.folder} holds a run of another configuration:\n" + "\n".join(differs[:20]) + "\n"
@@ -164,6 +177,20 @@ class Run:
         keys = sorted(k for k in old | new if old.get(k) != new.get(k))
         return [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in keys]
 
+    def wait(self) -> None:
+        """Until the first process has opened the folder.
+
+        Raises:
+            ValueError: it has not in PATIENCE seconds.
+        """
+        began = time.monotonic()
+        while not (self.folder / "run.json").exists():
+            if time.monotonic() - began > PATIENCE:
+                raise ValueError(
+                    f"the first process has not opened {self.folder} in {PATIENCE} s: is it the same folder on all nodes?"
+                )
+            time.sleep(0.1)
+
     def lock(self) -> None:
         """Keep the folder to this process (of several that train together: to the first) until it ends, however it ends.
 
@@ -172,7 +199,7 @@ class Run:
         Raises:
             ValueError: another process has it.
         """
-        if int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("SLURM_PROCID", 0)):
+        if not first_process():
             return
         me = f"process {os.getpid()} on {platform.node()}"
         held = open(self.folder / ".lock", "a+")  # noqa: SIM115 (closed when the process ends)
@@ -218,8 +245,9 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def note(self, **facts: Any) -> None:
-        """Add to run.json."""
-        write_json(self.folder / "run.json", self.facts | facts)
+        """Add to run.json; of processes that train together the first one does so."""
+        if first_process():
+            write_json(self.folder / "run.json", self.facts | facts)
 
     def results(self, protocol: str = "paper") -> dict[str, Any]:
         """The scores by a protocol; empty if there are none."""
