@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,6 +23,9 @@ from mvlm.run import Run
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """How released MobileVLM models see: CLIP's own normalisation (`preprocessor_config.json` of openai/clip-vit-large-patch14-336)."""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys instead of showing; a model may say anything. Line ends and tabs are none of them."""
 
 
 class Chat:
@@ -99,7 +103,7 @@ def converse(chat: Any, image: str | None, prompt: str | None) -> None:
     chat.look(image)
     for question in _typed() if prompt is None else [prompt]:
         for piece in chat.stream(question):
-            sys.stdout.write(piece)
+            sys.stdout.write(CONTROL.sub("\ufffd", piece))
             sys.stdout.flush()
         print()
 

@@ -31,6 +31,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from mvlm.trust import check_config, load_config, read_json, refuse_secrets
+
 MACHINE_KEYS = (
     "runs",
     "cell",
@@ -130,14 +132,18 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self._own = False  # whether this process wrote the configuration, and so may make whatever it names
 
     @classmethod
     def open(cls, cfg: DictConfig) -> Run:
         """Make the folder of a configuration, or find it again. Of processes that train together the first one does so.
 
         Raises:
-            ValueError: the folder holds another configuration (the message lists what differs), or another process trains there.
+            ValueError: the folder holds another configuration (the message lists what differs), another process trains there, or
+                the configuration holds a secret.
         """
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+        refuse_secrets(resolved)
         run = cls(Path(cfg.runs) / (cfg.cell or cell_name(cfg)))
         if not first_process():
             run.wait()
@@ -149,7 +155,8 @@ class Run:
             )
         run.folder.mkdir(parents=True, exist_ok=True)
         run.lock()
-        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), run.folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create(resolved), run.folder / "config.yaml")
+        run._own = True
         if not (run.folder / "run.json").exists():
             run.note(**manifest(), seed=cfg.seed, wandb_id=uuid.uuid4().hex[:8])
         return run
@@ -231,18 +238,24 @@ class Run:
 
     @property
     def config(self) -> DictConfig:
-        """The configuration it was made with."""
-        return OmegaConf.load(self.folder / "config.yaml")
+        """The configuration it was made with.
+
+        Raises:
+            ValueError: this process did not write it, and it would do here what a run folder must not, see `mvlm.trust`.
+        """
+        path = self.folder / "config.yaml"
+        config = load_config(path)
+        return config if self._own else check_config(config, path)
 
     def config_dict(self) -> dict[str, Any]:
-        """The same in plain types, nested as it is."""
-        return OmegaConf.to_container(self.config)
+        """The same in plain types, nested as it is, and only to be read."""
+        return OmegaConf.to_container(load_config(self.folder / "config.yaml"))
 
     @property
     def facts(self) -> dict[str, Any]:
         """What run.json says."""
         path = self.folder / "run.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def note(self, **facts: Any) -> None:
         """Add to run.json; of processes that train together the first one does so."""
@@ -252,7 +265,7 @@ class Run:
     def results(self, protocol: str = "paper") -> dict[str, Any]:
         """The scores by a protocol; empty if there are none."""
         path = self.folder / f"results{beside(protocol)}.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def finished(self, stage: str) -> bool:
         """Whether a stage was trained to its end and saved."""
