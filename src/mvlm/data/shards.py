@@ -187,7 +187,8 @@ def read(path: str) -> bytes | None:
     if is_url(shard):
         data = _asked(shard, lambda store, file: store.cat_file(file, offset, offset + size))
     else:
-        data = os.pread(_file(shard).fileno(), size, offset)
+        file = _file(shard)  # by this name it stays open, whatever other threads open meanwhile
+        data = os.pread(file.fileno(), size, offset)
     if len(data) != size:
         raise ShardError(f"{shard} gives {len(data)} of the {size} bytes at {offset}", "shard cut off")
     if zlib.crc32(data) != int(found[4], 16):
