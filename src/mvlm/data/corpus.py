@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mvlm.data.shards import is_url
+
 KEYS = ("file", "images", "samples", "origin", "status")
 
 
 @dataclass(frozen=True)
 class Source:
-    """An annotation file in LLaVA's format and the folder its `image` paths start from."""
+    """An annotation file in LLaVA's format, and the folder (or the shards of it, or their URL) that its `image` paths start from."""
 
     name: str
     annotations: Path
-    images: Path | None
+    images: Path | str | None
     """None: a file whose records have no pictures."""
     samples: int | None = None
     """As published, or as the generated world was asked for; the file has the last word. None: not known."""
@@ -30,8 +32,8 @@ class Corpus:
 
     Args:
         root: the folder that everything lies in.
-        sources: name -> any of `file` (below root; default `train/<name>.json`), `images` (below root; default
-            `pictures`), `samples`, `origin` (where to get it) and `status` (what is dead or unknown about it). Names
+        sources: name -> any of `file` (below root; default `train/<name>.json`), `images` (below root, or a URL of
+            shards; default `pictures`), `samples`, `origin` (where to get it) and `status` (what is dead or unknown about it). Names
             may share a file; see `source`.
         benchmarks: the folder of the benchmark files, below root.
         samples: name -> samples, for sources of which nothing else needs saying.
@@ -78,9 +80,10 @@ class Corpus:
             )
         entry = self.entries[name]
         sharing = [other for other in self.entries if self._file(other) == self._file(name)]
-        annotations, images = self.root / self._file(name), self.root / entry.get("images", "pictures")
+        annotations, images = self.root / self._file(name), entry.get("images", "pictures")
+        images = images if is_url(images) else self.root / images
         for path, what in ((annotations, "the annotation file"), (images, "the folder of pictures")):
-            if not path.exists():
+            if not is_url(path) and not path.exists():
                 raise ValueError(
                     f"{what} of source {name!r} is missing: {path}. {self._told(name, sharing)}Put it there, or set "
                     "corpus.root to the folder that everything lies in, or give what you have as data=custom"
@@ -136,6 +139,6 @@ def _own(name: str, images: str | Path | None) -> Source:
         raise ValueError(
             f"{file.absolute()} is missing: names in data.pretrain and data.finetune that end in .json or .jsonl are own files"
         )
-    if images is not None and not Path(images).is_dir():
+    if images is not None and not is_url(images) and not Path(images).is_dir():
         raise ValueError(f"data.images={images} is no folder: the `image` paths of {name} start from there")
-    return Source(name, file, None if images is None else Path(images))
+    return Source(name, file, images if images is None or is_url(images) else Path(images))

@@ -19,6 +19,7 @@ from mvlm.data.cache import cache_folder
 from mvlm.data.image import PictureError, Pictures
 from mvlm.data.index import Index, Kept, Row, changed
 from mvlm.data.prompt import ASSISTANT, HUMAN, IMAGE_TAG, DialogueError, Encoded, Template, check_turns
+from mvlm.data.shards import ShardError, shards_of
 from mvlm.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class LlavaDataset(Dataset[Sample]):
 
     Args:
         annotations: the JSON file; `.jsonl` has a record a line instead of a list.
-        images: folder that the records' `image` paths start from; None where no record has one.
+        images: folder that the records' `image` paths start from, or folder or URL of its shards (`mvlm.data.shards`); None where no
+            record has one.
         template: how dialogues become text.
         image_tokens: M, ids that stand for a picture.
         max_length: longest text in ids; the rest is cut off.
@@ -101,13 +103,14 @@ class LlavaDataset(Dataset[Sample]):
             raise ValueError(f"on_bad_sample is stop or skip, not {on_bad_sample!r}")
         if image_tokens < 1 or max_length < 1:
             raise ValueError(f"image_tokens and max_length must be positive, not {image_tokens} and {max_length}")
-        self.annotations, self.images = Path(annotations), None if images is None else Path(images)
+        self.cache = Path(cache or cache_folder())
+        self.shards = shards_of(images, self.cache)
+        self.annotations, self.images = Path(annotations), None if images is None or self.shards else Path(images)
         self.template, self.tokenizer, self.pictures = template, tokenizer, pictures
         self.image_tokens, self.max_length = image_tokens, max_length
         self.source = source or self.annotations.stem
         self.on_bad_sample, self.features, self.follow_links = on_bad_sample, features, follow_links
-        self.cache = Path(cache or cache_folder())
-        self._root = "" if images is None else os.path.join(os.path.realpath(images), "")
+        self._root = "" if self.images is None else os.path.join(os.path.realpath(self.images), "")
         self._real_folders: dict[str, str] = {}
         self._read(set(exclude))
 
@@ -162,12 +165,16 @@ class LlavaDataset(Dataset[Sample]):
     def picture(self, index: int) -> str | None:
         """Path of a sample's picture, or None."""
         name = self.index.image(self._kept[index])
-        return None if name is None else str(self.images / name)
+        return None if name is None else self._path(name)
 
     def showing(self, pictures: Iterable[str]) -> np.ndarray:
         """Places of the samples that show one of these pictures (paths as `picture` gives them), ascending."""
-        inside = [PurePath(path) for path in pictures if self.images and PurePath(path).is_relative_to(self.images)]
-        numbers = self.index.showing([str(path.relative_to(self.images)) for path in inside])
+        if self.shards:
+            names = [name for path in pictures if (name := self.shards.name(path)) is not None]
+        else:
+            inside = [PurePath(path) for path in pictures if self.images and PurePath(path).is_relative_to(self.images)]
+            names = [str(path.relative_to(self.images)) for path in inside]
+        numbers = self.index.showing(names)
         numbers = np.setdiff1d(numbers, self._kept.dropped)
         return numbers - np.searchsorted(self._kept.dropped, numbers)
 
@@ -191,7 +198,10 @@ class LlavaDataset(Dataset[Sample]):
 
     def pictures_of(self, places: np.ndarray) -> list[str]:
         """The same of some samples."""
-        return [str(self.images / name) for name in self.index.images(np.asarray(self._kept)[places])]
+        return [self._path(name) for name in self.index.images(np.asarray(self._kept)[places])]
+
+    def _path(self, name: str) -> str:
+        return self.shards.find(name) if self.shards else str(self.images / name)
 
     def _sample(self, index: int) -> Sample:
         record = self.record(index)
@@ -201,7 +211,7 @@ class LlavaDataset(Dataset[Sample]):
         # text alone.
         if name is None or IMAGE_TOKEN not in encoded.input_ids:
             return sample
-        path = str(self.images / name)
+        path = self.picture(index)
         if self.features is not None and path in self.features:
             return replace(sample, features=self.features[path], picture=path)
         pixels = self.pictures(path)
@@ -212,7 +222,7 @@ class LlavaDataset(Dataset[Sample]):
     def _read(self, exclude: set[int]) -> None:
         """Open the index, which is built where there is none, and leave out what is bad or excluded."""
         folders: dict[str, int | None] = {}
-        root = None if self.images is None else os.path.realpath(self.images)
+        root = self.shards.stamp if self.shards else None if self.images is None else os.path.realpath(self.images)
         self.index = Index(
             *(self.annotations, self.images, self.cache, (root, self.template.name, str(self.follow_links))),
             lambda record: self._row(record, folders),
@@ -297,10 +307,15 @@ class LlavaDataset(Dataset[Sample]):
             raise DialogueError(f"`image` is a {type(name).__name__}, not a path")
         if not name or "\0" in name:
             raise DialogueError(f"`image` is {name!r}, not a path")
-        if self.images is None:
+        if self.images is None and self.shards is None:
             raise DialogueError(f"`image` is {name!r}, but this dataset was given no image folder", "no image folder")
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
             raise DialogueError(f"`image` {name!r} leads out of the image folder", OUTSIDE)
+        if self.shards:
+            try:
+                return self.shards.check(name)
+            except ShardError as error:
+                raise DialogueError(str(error), MISSING) from None
         path, folder = os.path.join(self.images, name), os.path.dirname(name)
         if folder not in folders:
             folders[folder] = changed(Path(os.path.dirname(path)))

@@ -15,6 +15,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from mvlm.data import shards
+
 Mode = Literal["square", "pad", "letterbox"]
 
 LETTERBOX_COLOUR = (122, 116, 104)
@@ -123,7 +125,7 @@ def open_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Im
     ignored, as the reference's `convert("RGB")` has it. Grey of more than 8 bits is scaled, where that cuts it to white.
 
     Args:
-        source: path, or the bytes of a file.
+        source: path (of a picture in a shard, too: see `mvlm.data.shards`), or the bytes of a file.
         max_pixels: larger ones are refused before anything is decoded.
 
     Raises:
@@ -131,6 +133,8 @@ def open_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Im
     """
     name = _name(source)
     try:
+        if isinstance(source, str) and (member := shards.read(source)) is not None:
+            source = member
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             width, height = picture.size
             if width * height == 0:
@@ -143,6 +147,8 @@ def open_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Im
             return _rgb(picture)
     except PictureError:
         raise
+    except shards.ShardError as error:
+        raise PictureError(f"{name}: {error}", error.kind) from None
     except FileNotFoundError:
         raise PictureError(f"{name}: there is no such file", "missing picture") from None
     except UnidentifiedImageError:

@@ -24,8 +24,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import rich.progress
 
-from mvlm.data import prompt
-
 SCHEMA = pa.schema(
     {"record": pa.binary(), "image": pa.binary(), "words": pa.int32(), "problem": pa.string()},
     metadata={"about": "mvlm: a row a record of an annotation file"},
@@ -40,7 +38,7 @@ DOUBTFUL = 32
 """Characters before the end of what was read so far in which a number, a word or an error may look otherwise once more is read."""
 SPACE = re.compile(r"[ \t\n\r]*")
 CODE = hashlib.sha256(
-    b"".join(Path(file).read_bytes() for file in (__file__, prompt.__file__, Path(__file__).with_name("dataset.py")))
+    b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("index", "prompt", "dataset", "shards"))
 ).hexdigest()[:16]
 """Rows that other code checked are read again."""
 

@@ -75,13 +75,13 @@ def encode_pictures(
 
 
 def _fingerprint(model: MobileVLM, files: list[str], pixels: object, autocast: torch.dtype | None) -> str:
-    """Of all that features depend on; pictures by path, size and time of change."""
+    """Of all that features depend on; pictures by path, size and time of change, those in shards by place and CRC-32."""
     device = next(model.parameters()).device.type
     told = [torch.__version__, device, str(autocast), repr(pixels), repr(model.vision)]
     for path in files:
         try:
             told.append([path, (stat := os.stat(path)).st_size, stat.st_mtime_ns])
-        except OSError:  # gone; reading it will tell
+        except OSError:  # in a shard, where the path tells all; or gone, which reading it will tell
             told.append([path])
     whole = sha256(json.dumps(told).encode())
     for name, weight in model.vision.state_dict().items():
