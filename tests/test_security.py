@@ -93,7 +93,7 @@ def test_what_is_named_in_the_environment_is_allowed(stranger, monkeypatch) -> N
     run = stranger("model.module.projector._target_", "mypackage.deep.Mine")
     for others in ("", ",", "my", "mypackage.deep.Min", "otherpackage"):
         monkeypatch.setenv("MVLM_ALLOW", others)
-        with pytest.raises(ValueError, match=r"MVLM_ALLOW=mypackage before"):
+        with pytest.raises(ValueError, match=r"MVLM_ALLOW=mypackage.deep.Mine before"):
             _ = run.config
     for name in ("mypackage", "mypackage.deep", "otherpackage, mypackage.deep.Mine"):
         monkeypatch.setenv("MVLM_ALLOW", name)
