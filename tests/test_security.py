@@ -21,6 +21,7 @@ from mvlm import build, page, projector, trust
 from mvlm.benchmark.evaluate import stored
 from mvlm.benchmark.pope import POPE
 from mvlm.chat import Chat, converse
+from mvlm.export.pair import Pair
 from mvlm.model.checkpoint import from_released, save_checkpoint
 from mvlm.model.files import read_config, read_tensors
 from mvlm.model.vision import Vision
@@ -92,7 +93,7 @@ def test_what_is_named_in_the_environment_is_allowed(stranger, monkeypatch) -> N
     run = stranger("model.module.projector._target_", "mypackage.deep.Mine")
     for others in ("", ",", "my", "mypackage.deep.Min", "otherpackage"):
         monkeypatch.setenv("MVLM_ALLOW", others)
-        with pytest.raises(ValueError, match=r"MVLM_ALLOW=mypackage before"):
+        with pytest.raises(ValueError, match=r"MVLM_ALLOW=mypackage.deep.Mine before"):
             _ = run.config
     for name in ("mypackage", "mypackage.deep", "otherpackage, mypackage.deep.Mine"):
         monkeypatch.setenv("MVLM_ALLOW", name)
@@ -206,6 +207,31 @@ def test_shards_lie_beside_their_index(tmp_path) -> None:
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(ValueError, match=r"which is not in its folder|is no whole index"):
             read_tensors(tmp_path / "there")
+
+
+@pytest.mark.parametrize("name", ["../x.gguf", "/x.gguf", "..", "", ["x"], None])
+def test_a_manifest_names_files_beside_it(name, tmp_path) -> None:
+    (tmp_path / "there").mkdir()
+    for file in (tmp_path / "x.gguf", tmp_path / "there" / "x.gguf"):
+        file.write_bytes(b"")
+    told = tmp_path / "there" / "manifest.json"
+    files = {"language": {"name": "x.gguf", "bytes": 0}, "mmproj": {"name": name, "bytes": 0}}
+    told.write_text(json.dumps({"files": files}))
+    with pytest.raises(ValueError, match=r"its files lie beside it|laid out otherwise"):
+        Pair.find(told.parent)
+    files["mmproj"]["name"] = "x.gguf"
+    look = {"size": 96, "mode": "pad", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    told.write_text(json.dumps({"files": files, "context": 512, "pictures": look}))
+    assert Pair.find(told.parent).context == 512
+    for wrong in (
+        {"context": "512 --path /"},
+        {"context": 1 << 40},
+        {"pictures": look | {"size": 1 << 30}},
+        {"pictures": [1]},
+    ):
+        told.write_text(json.dumps({"files": files} | wrong))
+        with pytest.raises(ValueError, match=r"manifest.json(: context=| is laid out otherwise)"):
+            Pair.find(told.parent)
 
 
 class Runs:

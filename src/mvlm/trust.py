@@ -111,8 +111,8 @@ def _check(key: str, value: Any) -> None:
         allowed = re.fullmatch(TARGETS.get(key.split(".")[0], "(?!)"), value) if isinstance(value, str) else None
         if not allowed and not _named(value):
             raise ValueError(
-                f"{key}: {value} would be imported and called, and is nothing that a run folder may name. If the folder is from "
-                f"somebody you trust, or your own: MVLM_ALLOW={str(value).split('.')[0]} before the command"
+                f"{key}: {value} would be imported and called, and is nothing that a run folder may name. If you know what it "
+                f"does: MVLM_ALLOW={value} before the command, or the name of its package"
             )
     if isinstance(value, str) and "/" in value and KERNEL.search(key) and not _named(value.replace("/", ".")):
         raise ValueError(

@@ -69,7 +69,7 @@ def _check(about: dict[str, Any], told: Path) -> None:
     try:
         for role in ("language", "mmproj"):
             name = about["files"][role]["name"]
-            if Path(name).name != name or name == "..":
+            if not name or Path(name).name != name or name == "..":
                 raise ValueError(f"{told} names the file {name}, and its files lie beside it: export it again")
         context, look = about.get("context"), about.get("pictures")
         right = context is None or (isinstance(context, int) and 0 < context <= LONGEST)
