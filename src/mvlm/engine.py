@@ -88,9 +88,9 @@ def chosen(cfg: DictConfig, stage: str, mixture: Mixture, world: int) -> tuple[s
         check_deepspeed()
     if engine != "auto":
         return engine, f"{stage}: {engine} on {world} devices, as trainer.strategy says"
+    if world == 1 and not on_gpu(cfg.trainer.accelerator):  # its memory may swap, and nobody else wants it
+        return "plain", f"{stage}: plain, on one processor"
     memory = device_memory(cfg.trainer.accelerator, world // cfg.trainer.num_nodes)
-    if memory is None:
-        return "plain", f"{stage}: one device"
     return pick(stage, load(cfg, stage, mixture), world, memory)
 
 
@@ -106,11 +106,16 @@ def check_deepspeed() -> None:
         )
 
 
-def device_memory(accelerator: str, here: int) -> int | None:
-    """Bytes that each of `here` devices of this machine has; None for a processor that one process has to itself, which may swap."""
-    if torch.cuda.is_available() and accelerator != "cpu":
+def on_gpu(accelerator: str) -> bool:
+    """Whether Lightning's accelerator is this machine's GPUs."""
+    return torch.cuda.is_available() and accelerator != "cpu"
+
+
+def device_memory(accelerator: str, here: int) -> int:
+    """Bytes that each of `here` devices of this machine has: of the smallest GPU, or its share of the machine's."""
+    if on_gpu(accelerator):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return None if here == 1 else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
 
 
 def without_values(cfg: DictConfig, stage: str) -> tuple[MobileVLM, LoraModel | None]:
@@ -157,20 +162,21 @@ def pick(stage: str, load: Load, devices: int, memory: int) -> tuple[str, str]:
     Raises:
         ValueError: none does.
     """
-    told = {}
+    needs: dict[str, int] = {}
     for engine in ("plain",) if devices == 1 else ("ddp", "fsdp2"):
-        held = load.states(devices, engine)
-        needed = held + load.activations
-        told[engine] = (
-            f"{engine} needs {gigabytes(needed)} a device (weights, gradients and optimizer {gigabytes(held)}, activations of "
-            f"{load.micro_batch} samples of {load.positions} positions {gigabytes(load.activations)})"
-        )
-        if needed <= MARGIN * memory:
-            return engine, f"{stage}: {', '.join(told.values())}, and {devices} x {gigabytes(memory)} are there"
+        needs[engine] = load.states(devices, engine) + load.activations
+        if needs[engine] <= MARGIN * memory:
+            told = f"{stage}: {engine}, {gigabytes(needs[engine])} of the {gigabytes(memory)} that a device has"
+            return engine, told + (f", where ddp needs {gigabytes(needs['ddp'])}" if engine == "fsdp2" else "")
+    told = "; ".join(
+        f"{engine} needs {gigabytes(size)} a device, {gigabytes(size - load.activations)} for weights, gradients and optimizer"
+        for engine, size in needs.items()
+    )
     raise ValueError(
-        f"{stage} does not fit into {devices} x {gigabytes(memory)}, of which {MARGIN:.0%} are counted: {'; '.join(told.values())}. "
-        f"Take a smaller recipe.{stage}.micro_batch, more devices, or train less (strategy=lora, strategy=freeze_llm): what is frozen has "
-        f"neither gradients nor optimizer. These are estimates; trainer={'ddp' if devices == 1 else 'fsdp'} tries all the same"
+        f"{stage} does not fit into {devices} x {gigabytes(memory)}, of which {MARGIN:.0%} are counted: {told}, and "
+        f"{gigabytes(load.activations)} for the activations of {load.micro_batch} samples of up to {load.positions} positions. Take a "
+        f"smaller recipe.{stage}.micro_batch, more devices, or train less (strategy=lora, strategy=freeze_llm): what is frozen has neither "
+        f"gradients nor optimizer. These are estimates; trainer={'ddp' if devices == 1 else 'fsdp'} tries all the same"
     )
 
 

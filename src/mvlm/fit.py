@@ -40,7 +40,7 @@ from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.run import AXES, Run, content, overridden, write_json
+from mvlm.run import AXES, Run, content, first_process, overridden, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
 from mvlm.strategy.features import encode_pictures
@@ -96,7 +96,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
         hashes |= {f"{stage}/{d.source}": d.sha256 for d in mixture.datasets}
     run.note(data_sha256=hashes)
-    Console().print(table, *(why if world > 1 else []), sep="\n")
+    Console(quiet=not first_process()).print(table, *(why if world > 1 else []), sep="\n")
 
 
 def check_labels(stage: str, mixture: Mixture) -> None:
@@ -476,4 +476,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # StepData is, by its own state
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings(
+        "ignore", message=".*Grad strides do not match.*"
+    )  # DDP's, of a depthwise convolution: a little time
     warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")  # so it is told to
