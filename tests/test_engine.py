@@ -10,6 +10,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -271,7 +272,12 @@ def test_saved_weights_are_those_of_one_process(cells, kind: str, stage: str) ->
 
 
 SEVEN = Load(
-    parameters=7_000_000_000, learning=6_700_000_000, micro_batch=16, positions=800, activations=20_000_000_000
+    parameters=7_000_000_000,
+    learning=6_700_000_000,
+    micro_batch=16,
+    positions=800,
+    activations=20_000_000_000,
+    checkpointed=20_000_000_000,
 )
 """About the 7b's second stage: 16 bytes a learning weight and 4 a frozen one make 108.4 GB."""
 
@@ -286,13 +292,28 @@ SEVEN = Load(
 )
 def test_memory_picks_the_engine(devices: int, memory: float, wanted: str) -> None:
     """108.4 GB and 20 of activations; in four pieces, 27.1 and 20."""
-    assert engine.pick("finetune", SEVEN, devices, int(memory)) == (wanted.split(",")[0], f"finetune: {wanted}")
+    assert engine.pick("finetune", SEVEN, devices, int(memory)) == (
+        wanted.split(",")[0],
+        f"finetune: {wanted}",
+        False,
+    )
 
 
 def test_the_margin_is_kept() -> None:
     """DDP needs 128.4 GB: 90 % of 142.7 GB is a little more, of 142.6 GB a little less."""
     assert engine.pick("finetune", SEVEN, 2, int(142.7e9))[0] == "ddp"
     assert engine.pick("finetune", SEVEN, 2, int(142.6e9))[0] == "fsdp2"
+
+
+def test_layers_are_computed_again_before_weights_are_cut_up() -> None:
+    """8 GB instead of 20: 116.4 of 128.4 fit into 130; told how much is spared, and never where it is forbidden."""
+    less = replace(SEVEN, checkpointed=8_000_000_000)
+    which, told, again = engine.pick("finetune", less, 8, int(130e9))
+    assert (which, again) == ("ddp", True) and told.endswith(
+        "layers are computed again in the backward, else 12 GB more"
+    )
+    assert engine.pick("finetune", less, 8, int(130e9), [False])[::2] == ("fsdp2", False)
+    assert engine.pick("finetune", less, 8, int(180e9))[2] is False
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -331,7 +352,9 @@ def test_a_stage_is_measured_without_its_weights(finetune) -> None:
 
 def test_auto_asks_the_memory_before_anything_is_trained(finetune, tmp_path, monkeypatch, capsys) -> None:
     """`fit.check` is what train.py calls first. Memory is set between what the two engines need."""
-    cfg, mixture = finetune("trainer=cpu", "trainer.devices=2", f"runs={tmp_path}", "cell=a", "data.pretrain=[]")
+    cfg, mixture = finetune(
+        "trainer=cpu", "trainer.devices=2", f"runs={tmp_path}", "cell=a", "data.pretrain=[]", "checkpointing=false"
+    )
     need = engine.load(cfg, "finetune", mixture)
     run, data, files = Run.open(cfg), {"pretrain": None, "finetune": mixture}, build.corpus(cfg)
     between = (need.states(2, "ddp") + need.states(2, "fsdp2")) / 2

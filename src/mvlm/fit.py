@@ -67,7 +67,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     world, engines, why = world_size(cfg.trainer), {}, []
     for stage, mixture in data.items():
         if mixture is not None and not run.finished(stage):
-            engines[stage], told = engine.chosen(cfg, stage, mixture, world)
+            engines[stage], told, _ = engine.chosen(cfg, stage, mixture, world)
             why.append(told)
     validation(cfg, files, engines.values())
     if not any(data.values()):
@@ -166,7 +166,7 @@ def stage(
     quiet()
     began = time.monotonic()
     world = world_size(cfg.trainer)
-    how, _ = engine.chosen(cfg, name, data[name], world)
+    how, _, again = engine.chosen(cfg, name, data[name], world)
     if not hasattr(model, "language"):
         model = build.model(cfg)
     recipe, folder = cfg.recipe[name], run.folder / name
@@ -188,7 +188,7 @@ def stage(
         more = sorted(map(str, (files.root / "pictures").glob("*.jpg"))) if from_words else []
         cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
     skips = Skips(name, data[name])
-    facts: dict = {"engine": how}
+    facts: dict = {"engine": how, "checkpointing": again}
     kept = resume.newest(folder) if how in resume.ENGINES else None
     if from_words:
         start = folder / "start.json"
@@ -201,6 +201,10 @@ def stage(
         for dataset in (d for m in data.values() if m for d in m.datasets):
             dataset.features = None
 
+    if again:
+        model.language.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.language.gradient_checkpointing_disable()
     adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
     mixture, held_out = hold_out(data[name], HELD_OUT)
     loader = StepData(

@@ -43,6 +43,7 @@ MACHINE_KEYS = (
     "workers",
     "on_bad_sample",
     "on_divergence",
+    "checkpointing",
     "checkpoint_every",
     "trainer",
     "logger",
