@@ -97,9 +97,8 @@ class MobileVLM(nn.Module):
         """
         features = batch.features
         if features is None and batch.pixels is None:
-            nothing = (
-                0 * self.project(self.blank()).sum()
-            )  # before the words, as with pictures: devices gather weights in one order
+            # Before the words, as with pictures: ZeRO gathers weights in the order of their use.
+            nothing = 0 * self.project(self.blank()).sum()
             return self.embed(batch.input_ids) + nothing
         return self.embed(batch.input_ids, self.project(self.encode(batch.pixels) if features is None else features))
 
