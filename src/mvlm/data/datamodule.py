@@ -150,8 +150,8 @@ class StepLoader:
                 micro_batches = next(loader)
             except StopIteration:
                 return
-            except PictureError as error:  # a worker's comes with its traceback before it
-                raise PictureError(str(error).rsplit(f"{PictureError.__name__}: ", 1)[-1].strip()) from None
+            except (PictureError, ConnectionError) as error:  # a worker's comes with its traceback before it
+                raise type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from None
             remaining -= 1
             if remaining == 0:  # before the last batches are handed out: Lightning counts them and asks no further
                 self.batches.seek(done + 1)
