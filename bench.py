@@ -4,7 +4,9 @@
     python bench.py target=evaluate precision=float32 questions=24                    the pretrained parts, answers equal to the letter
     python bench.py target=train projector=pw2                                        a training step beside transformers' Trainer and LLaVA
     python bench.py target=start                                                      help, configuration, first step of a training
+    python bench.py target=soak                                                       a long training and a long sweep: what grows
     python bench.py target=index                                                      2.4 million annotations beside json.load
+    python bench.py target=decode model=1.7b                                          256 tokens beside generate() and the memory's limit
     python bench.py target=device models=[1.7b:ldpv2,1.7b:pw2] threads=1              the paper's Table 5, in llama.cpp
     python bench.py target=device models=[runs/<run>/gguf/q4_k] llama_cpp=<build folder> gpu_layers=99
 

@@ -3,6 +3,7 @@
     python doctor.py data=v2                                   the generated corpus
     python doctor.py model=1.7b data=v2 corpus.root=/data      the real files
     python doctor.py data=custom data.finetune=[mine.json] data.images=pictures/ report=checked/
+    python doctor.py replay=runs/<run>/finetune/diverged-120.json     a step that diverged: the loss of each of its samples
 
 Missing, corrupt, blanked (no label left), too long; token histograms. The report and the list of records to leave out
 are written where `report` says. The exit code is 1 if more than 0.1 % of a source would teach nothing.
@@ -14,6 +15,11 @@ from mvlm.cli import script
 
 
 def main(cfg) -> None:
+    if cfg.replay:
+        from mvlm.replay import replay
+
+        replay(cfg.replay)
+        return
     import torch
     from rich.console import Console
 

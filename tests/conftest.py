@@ -84,7 +84,7 @@ def scored(configure, tmp_path: Path):
     def made(name: str, right, controls: tuple[str, ...] = ()) -> Run:
         run = Run(tmp_path / name)
         (run.folder / "answers").mkdir(parents=True)
-        OmegaConf.save(cfg, run.folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), run.folder / "config.yaml")
         for benchmark in found:
             for view in ("none", *controls):
                 lines = [

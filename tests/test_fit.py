@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from PIL import Image
 
 from mvlm import build, fit
@@ -116,3 +117,18 @@ def test_bad_samples_are_skipped_by_policy(configure, tmp_path: Path, monkeypatc
     (tmp_path / "pets.json").write_text(json.dumps(records))
     with pytest.raises(ValueError, match=r"record 18 \(id 18\): .*torn\.png: this is not a picture"):
         train(configure, tmp_path / "runs", *words)
+
+
+def test_layers_computed_again_change_no_loss(configure, tmp_path: Path, monkeypatch) -> None:
+    """Bit for bit with dropout in the adapters; and that they are computed twice is counted."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls, real = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or real(self, x))
+    counts, histories = [], []
+    for word in ("false", "true"):
+        histories.append(train(configure, tmp_path, f"checkpointing={word}")[0])
+        counts.append(sum(calls))
+        calls.clear()
+    assert histories[0] == histories[1]
+    assert counts == [10 * 2, 2 * 10 * 2], "10 micro-batches through 2 layers"

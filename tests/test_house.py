@@ -18,7 +18,8 @@ LEVEL = {
     "batch": 0,
     "data": 1, "projector": 1, "model": 1, "pocket": 1,
     "strategy": 2, "benchmark": 2,
-    "run": 3, "page": 3, "plan": 3, "scale": 3, "cli": 3, "build": 3, "engine": 3, "resume": 3, "fit": 3, "score": 3, "report": 3,
+    "trust": 3, "run": 3, "page": 3, "plan": 3, "scale": 3, "cli": 3, "build": 3,
+    "engine": 3, "resume": 3, "fit": 3, "replay": 3, "score": 3, "report": 3,
     "sweep": 3, "table": 3, "sheet": 3, "plot": 3, "dashboard": 3, "chat": 3, "bench": 3, "harness": 3, "export": 3,
 }  # fmt: skip
 """The ladder: a room imports rooms below it and itself; rooms of levels 1 and 2 never import one another, except as listed."""
@@ -33,7 +34,7 @@ ALLOWED = {
 """`model` imports projectors in checkpoint.py and names.py alone, to rebuild a released model from its type's name."""
 
 HYDRA_ROOMS = {
-    "run", "plan", "cli", "build", "engine", "fit", "score", "report", "sweep", "table", "dashboard", "bench", "export",
+    "trust", "run", "plan", "cli", "build", "engine", "fit", "score", "report", "sweep", "table", "dashboard", "bench", "export", "replay",
 }  # fmt: skip
 LIGHTNING_FILES = {
     "data/datamodule.py",
@@ -116,15 +117,24 @@ def test_help_is_quick_and_loads_nothing(name: str) -> None:
 
 
 def test_no_unsafe_loading() -> None:
-    """A checkpoint must not be able to run code: torch.load only with weights_only, no pickle, no eval."""
+    """A file must not be able to run code: torch.load only with weights_only, no pickle, no eval, no yaml but of plain values; nor may
+    a shell read a command, nor an archive say where its members go."""
     for path in modules():
         assert not {n.split(".")[0] for n in imports(path)} & {"pickle", "dill", "joblib", "marshal"}, path
+    for path in [*modules(), *ROOT.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "yaml.load", "yaml.unsafe_load"), path
+                assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), path
+                assert not re.match(r"yaml\.(?!scan$)", called), (
+                    path
+                )  # the rest through OmegaConf, whose loader is a safe one
+                assert called.split(".")[-1] not in ("extract", "extractall", "unpack_archive"), path
+                told = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert told.get("shell", "False") == told.get("allow_pickle", "False") == "False", path
+                assert told.get("trust_remote_code", "False") == "False", path
                 if called == "torch.load":
-                    assert {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only") == "True", path
+                    assert told.get("weights_only") == "True", path
 
 
 def test_constraints_name_versions_only() -> None:

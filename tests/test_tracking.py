@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from wandb.util import get_core_path
 
+from mvlm.resume import REQUEUE
 from mvlm.run import Run
 
 WORDS = ["model=nano", "data=v1", "strategy=freeze_llm", "recipe.clip=2.0", "trainer=cpu", "seed=3", "cell=my-own-name"]
@@ -60,8 +61,8 @@ that what takes seconds to import is imported once."""
 ENDINGS = {  # the process' exit code as Python tells it, and W&B's
     "crash": (1, 1),
     "Ctrl-C": (-signal.SIGINT, 1),
-    "stopped in fit": (128 + signal.SIGTERM, 1),
-    "SIGTERM": (-signal.SIGTERM, None),
+    "stopped in fit": (REQUEUE, 1),
+    "SIGTERM": (REQUEUE, 1),
     "SIGKILL": (-signal.SIGKILL, None),
     "none": (0, 0),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,11 +17,15 @@ from mvlm.data.image import Pictures
 from mvlm.data.prompt import Template, template
 from mvlm.data.tokenizer import Tokenizer, load_tokenizer
 from mvlm.model.checkpoint import from_released, read_config
+from mvlm.model.decode import Decoders
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.run import Run
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """How released MobileVLM models see: CLIP's own normalisation (`preprocessor_config.json` of openai/clip-vit-large-patch14-336)."""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys instead of showing; a model may say anything. Line ends and tabs are none of them."""
 
 
 class Chat:
@@ -31,6 +36,7 @@ class Chat:
     ) -> None:
         self.model, self.words, self.talk, self.pictures = model.eval(), words, talk, pictures
         self.max_new_tokens = max_new_tokens
+        self.decoders = Decoders(model.language)
         self.tokens: torch.Tensor | None = None
 
     @classmethod
@@ -70,13 +76,15 @@ class Chat:
         ids = self.talk.prompt(
             question, self.words, image_tokens=self.model.image_tokens, has_image=self.tokens is not None
         )
-        stop, cache, said, shown = self.talk.stop_ids(self.words), DynamicCache(), [], ""
+        stop, past, said, shown = self.talk.stop_ids(self.words), DynamicCache(), [], ""
         embedded = self.model.embed(torch.tensor([ids]), self.tokens)
-        for _ in range(self.max_new_tokens):
-            hidden = self.model.language.model(
-                inputs_embeds=embedded, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-            token = int(self.model.language.lm_head(hidden[:, -1]).argmax())
+        hidden = self.model.language.model(
+            inputs_embeds=embedded, past_key_values=past, use_cache=True
+        ).last_hidden_state
+        best = self.model.language.lm_head(hidden[:, -1]).argmax(-1)
+        decoder = self.decoders.begin(past, torch.ones(1, len(ids), dtype=torch.long), best, self.max_new_tokens)
+        for number in range(self.max_new_tokens):
+            token = int(decoder.step() if number else best)
             if token in stop:
                 return
             said.append(token)
@@ -84,7 +92,6 @@ class Chat:
             if not text.endswith("\ufffd"):  # the rest of a character is still to come
                 yield text[len(shown) :]
                 shown = text
-            embedded = self.model.embed(torch.tensor([[token]]))
 
 
 def converse(chat: Any, image: str | None, prompt: str | None) -> None:
@@ -96,7 +103,7 @@ def converse(chat: Any, image: str | None, prompt: str | None) -> None:
     chat.look(image)
     for question in _typed() if prompt is None else [prompt]:
         for piece in chat.stream(question):
-            sys.stdout.write(piece)
+            sys.stdout.write(CONTROL.sub("\ufffd", piece))
             sys.stdout.flush()
         print()
 

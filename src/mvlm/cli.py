@@ -135,7 +135,6 @@ def imports() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()  # nor later
         gc.enable()
 
 

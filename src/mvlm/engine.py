@@ -10,7 +10,7 @@ zero3   DeepSpeed: a piece of the weights, too
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,8 @@ class Load:
     """Of the longest sample."""
     activations: int
     """Bytes of a micro-batch of the longest samples."""
+    checkpointed: int
+    """The same where layers are computed again in the backward."""
 
     def states(self, devices: int, engine: str) -> int:
         """Bytes of weights, gradients and optimizer on a device: `mvlm.plan.states`, whose frozen weights have 2 bytes; ours have 4."""
@@ -77,8 +79,9 @@ def name(strategy: Any) -> str:
     )
 
 
-def chosen(cfg: DictConfig, stage: str, mixture: Mixture, world: int) -> tuple[str, str]:
-    """The engine that trains a stage on `world` devices, and why, in a line.
+def chosen(cfg: DictConfig, stage: str, mixture: Mixture, world: int) -> tuple[str, str, bool]:
+    """The engine that trains a stage on `world` devices; why, in a line; and whether the language model's layers keep nothing but their
+    input and are computed again in the backward (`checkpointing`: true, false, or auto, only when memory asks).
 
     Raises:
         ValueError: it cannot be used here, or with `trainer=auto` the stage does not fit into the devices.
@@ -86,12 +89,23 @@ def chosen(cfg: DictConfig, stage: str, mixture: Mixture, world: int) -> tuple[s
     engine = name(OmegaConf.to_container(cfg.trainer, resolve=True)["strategy"])
     if engine.startswith("zero"):
         check_deepspeed()
+    if cfg.checkpointing not in (True, False, "auto"):
+        raise ValueError(f"checkpointing is true, false or auto, not {cfg.checkpointing!r}")
+    again = (False, True) if cfg.checkpointing == "auto" else (cfg.checkpointing,)
+    gpu = on_gpu(cfg.trainer.accelerator)
+    if engine == "auto" and world == 1 and not gpu:  # its memory may swap, and nobody else wants it
+        return "plain", f"{stage}: plain, on one processor", again[0]
+    if engine != "auto" and not gpu:
+        return engine, f"{stage}: {engine} on {world} devices, as trainer.strategy says", again[0]
+    memory, needs = device_memory(cfg.trainer.accelerator, world // cfg.trainer.num_nodes), load(cfg, stage, mixture)
     if engine != "auto":
-        return engine, f"{stage}: {engine} on {world} devices, as trainer.strategy says"
-    memory = device_memory(cfg.trainer.accelerator, world // cfg.trainer.num_nodes)
-    if memory is None:
-        return "plain", f"{stage}: one device"
-    return pick(stage, load(cfg, stage, mixture), world, memory)
+        fits = needs.states(world, "fsdp2" if engine in SHARDED else "ddp") + needs.activations <= MARGIN * memory
+        return (
+            engine,
+            f"{stage}: {engine} on {world} devices, as trainer.strategy says",
+            again[0] if fits else again[-1],
+        )
+    return pick(stage, needs, world, memory, again)
 
 
 def check_deepspeed() -> None:
@@ -106,11 +120,16 @@ def check_deepspeed() -> None:
         )
 
 
-def device_memory(accelerator: str, here: int) -> int | None:
-    """Bytes that each of `here` devices of this machine has; None for a processor that one process has to itself, which may swap."""
-    if torch.cuda.is_available() and accelerator != "cpu":
+def on_gpu(accelerator: str) -> bool:
+    """Whether Lightning's accelerator is this machine's GPUs."""
+    return torch.cuda.is_available() and accelerator != "cpu"
+
+
+def device_memory(accelerator: str, here: int) -> int:
+    """Bytes that each of `here` devices of this machine has: of the smallest GPU, or its share of the machine's."""
+    if on_gpu(accelerator):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return None if here == 1 else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
 
 
 def without_values(cfg: DictConfig, stage: str) -> tuple[MobileVLM, LoraModel | None]:
@@ -144,33 +163,48 @@ def load(cfg: DictConfig, stage: str, mixture: Mixture) -> Load:
     trained = any(group["name"] == "language" for group in groups)
     kept = activations(model.language.config, positions, labelled, trained)
     half = build.autocast_type(build.precision(cfg.trainer.precision)) is not None
-    each = (kept.kept + kept.logits) * (1 if half else 2)  # the plan is for bfloat16
-    return Load(sum(p.numel() for p in model.parameters()), learning, size, positions, size * each)
+    whole, again = (
+        size * (one + kept.logits) * (1 if half else 2) for one in (kept.kept, kept.checkpointed)
+    )  # the plan is for bfloat16
+    return Load(sum(p.numel() for p in model.parameters()), learning, size, positions, whole, again)
 
 
-def pick(stage: str, load: Load, devices: int, memory: int) -> tuple[str, str]:
-    """The simplest engine whose device holds all that it needs, and why.
+def pick(
+    stage: str, load: Load, devices: int, memory: int, checkpointing: Sequence[bool] = (False, True)
+) -> tuple[str, str, bool]:
+    """The simplest engine whose device holds all that it needs; why; and whether layers are computed again for it, which comes before
+    weights in pieces.
 
     Args:
         memory: bytes of a device, of which the share MARGIN counts.
+        checkpointing: what may be tried, in this order.
 
     Raises:
         ValueError: none does.
     """
-    told = {}
+    needs: dict[str, int] = {}
     for engine in ("plain",) if devices == 1 else ("ddp", "fsdp2"):
-        held = load.states(devices, engine)
-        needed = held + load.activations
-        told[engine] = (
-            f"{engine} needs {gigabytes(needed)} a device (weights, gradients and optimizer {gigabytes(held)}, activations of "
-            f"{load.micro_batch} samples of {load.positions} positions {gigabytes(load.activations)})"
-        )
-        if needed <= MARGIN * memory:
-            return engine, f"{stage}: {', '.join(told.values())}, and {devices} x {gigabytes(memory)} are there"
+        for again in checkpointing:
+            kept = load.checkpointed if again else load.activations
+            needs[engine] = load.states(devices, engine) + kept
+            if needs[engine] <= MARGIN * memory:
+                told = f"{stage}: {engine}, {gigabytes(needs[engine])} of the {gigabytes(memory)} that a device has"
+                told += f", where ddp needs {gigabytes(needs['ddp'])}" if engine == "fsdp2" else ""
+                told += (
+                    f"; layers are computed again in the backward, else {gigabytes(load.activations - kept)} more"
+                    if again
+                    else ""
+                )
+                return engine, told, again
+    told = "; ".join(
+        f"{engine} needs {gigabytes(size)} a device, {gigabytes(size - kept)} for weights, gradients and optimizer"
+        for engine, size in needs.items()
+    )
     raise ValueError(
-        f"{stage} does not fit into {devices} x {gigabytes(memory)}, of which {MARGIN:.0%} are counted: {'; '.join(told.values())}. "
-        f"Take a smaller recipe.{stage}.micro_batch, more devices, or train less (strategy=lora, strategy=freeze_llm): what is frozen has "
-        f"neither gradients nor optimizer. These are estimates; trainer={'ddp' if devices == 1 else 'fsdp'} tries all the same"
+        f"{stage} does not fit into {devices} x {gigabytes(memory)}, of which {MARGIN:.0%} are counted: {told}, and "
+        f"{gigabytes(kept)} for the activations of {load.micro_batch} samples of up to {load.positions} positions. Take a "
+        f"smaller recipe.{stage}.micro_batch, more devices, or train less (strategy=lora, strategy=freeze_llm): what is frozen has neither "
+        f"gradients nor optimizer. These are estimates; trainer={'ddp' if devices == 1 else 'fsdp'} tries all the same"
     )
 
 

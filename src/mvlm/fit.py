@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
+import shutil
 import sys
 import time
 import warnings
@@ -22,13 +22,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mvlm import build, engine, score
+from mvlm import build, engine, resume, score
 from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
 from mvlm.data.corpus import Corpus
@@ -40,7 +40,7 @@ from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.run import AXES, Run, overridden, write_json
+from mvlm.run import AXES, Run, content, first_process, overridden, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
 from mvlm.strategy.features import encode_pictures
@@ -67,7 +67,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     world, engines, why = world_size(cfg.trainer), {}, []
     for stage, mixture in data.items():
         if mixture is not None and not run.finished(stage):
-            engines[stage], told = engine.chosen(cfg, stage, mixture, world)
+            engines[stage], told, _ = engine.chosen(cfg, stage, mixture, world)
             why.append(told)
     validation(cfg, files, engines.values())
     if not any(data.values()):
@@ -96,7 +96,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
         hashes |= {f"{stage}/{d.source}": d.sha256 for d in mixture.datasets}
     run.note(data_sha256=hashes)
-    Console().print(table, *(why if world > 1 else []), sep="\n")
+    Console(quiet=not first_process()).print(table, *(why if world > 1 else []), sep="\n")
 
 
 def check_labels(stage: str, mixture: Mixture) -> None:
@@ -136,8 +136,8 @@ def validation(cfg: DictConfig, files: Corpus, engines: Collection[str] = ()) ->
         )
     if sharded := {*(engines or [engine.name(cfg.trainer.strategy)])} & {*engine.SHARDED}:
         raise ValueError(
-            f"val_every={cfg.val_every}: with {sharded.pop()} each device keeps a piece of the weights (trainer.strategy="
-            f"{cfg.trainer.strategy}), and answering needs all of them. Set val_every=null, trainer=ddp or trainer=zero2"
+            f"val_every={cfg.val_every}: {sharded.pop()}, by trainer.strategy={cfg.trainer.strategy}, keeps a piece of the weights on each "
+            "device, and answering needs all of them. Set val_every=null, trainer=ddp or trainer=zero2"
         )
     return [
         BenchmarkMetric(b, cfg.val_items)
@@ -157,7 +157,8 @@ def stage(
     words: Tokenizer,
     wandb: WandbLogger | None = None,
 ) -> None:
-    """Train a stage and save it. The model goes on from the stage before, or from its pretrained parts.
+    """Train a stage and save it. The model goes on from the stage before, or from its pretrained parts; or from the newest checkpoint inside
+    the stage, if there is one (`mvlm.resume`).
 
     An engine that cuts the model up (all but plain and DDP) uses it up: it is left without its parts, whose memory is free again, and the
     next stage builds another.
@@ -165,7 +166,7 @@ def stage(
     quiet()
     began = time.monotonic()
     world = world_size(cfg.trainer)
-    how, _ = engine.chosen(cfg, name, data[name], world)
+    how, _, again = engine.chosen(cfg, name, data[name], world)
     if not hasattr(model, "language"):
         model = build.model(cfg)
     recipe, folder = cfg.recipe[name], run.folder / name
@@ -187,13 +188,23 @@ def stage(
         more = sorted(map(str, (files.root / "pictures").glob("*.jpg"))) if from_words else []
         cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
     skips = Skips(name, data[name])
-    facts: dict = {"engine": how}
+    facts: dict = {"engine": how, "checkpointing": again}
+    kept = resume.newest(folder) if how in resume.ENGINES else None
     if from_words:
-        facts["start"] = start_from_words(model, data[name], files, words, autocast)
+        start = folder / "start.json"
+        if not (kept and start.exists()):
+            facts["start"] = start_from_words(model, data[name], files, words, autocast)
+            folder.mkdir(exist_ok=True)
+            write_json(start, facts["start"])
+        facts["start"] = json.loads(start.read_text())
     if in_pieces:  # a device without pictures runs the tower on a blank one, and the others must then run it, too
         for dataset in (d for m in data.values() if m for d in m.datasets):
             dataset.features = None
 
+    if again:
+        model.language.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.language.gradient_checkpointing_disable()
     adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
     mixture, held_out = hold_out(data[name], HELD_OUT)
     loader = StepData(
@@ -208,22 +219,35 @@ def stage(
         **OmegaConf.to_container(cfg.recipe.optimizer),
         name=name,
         held_out=collate(held_out, words.pad_id) if held_out else None,
+        seed=cfg.seed,
+        on_divergence=cfg.on_divergence,
     )
     watching = []
     if metrics := validation(cfg, files, [how]):
         answering = build.asking(cfg, words, lambda: model) | {"batch_size": 32, "max_new_tokens": 32}
         watching = [Validation(metrics, cfg.val_every, precision=autocast or torch.float32, **answering)]
+    rows = resume.Rows(run.folder, name=name, version="")
     trainer = L.Trainer(
         **{k: v for k, v in trainer_arguments.items() if k != "_target_"},
         max_epochs=recipe.epochs,
         accumulate_grad_batches=loader.accumulation,
         gradient_clip_val=cfg.recipe.clip,
-        logger=[CSVLogger(run.folder, name=name, version=""), *([wandb] if wandb else [])],
-        callbacks=[Bar(name), skips, *watching],
+        logger=[rows, *([wandb] if wandb else [])],
+        callbacks=[
+            Bar(name),
+            skips,
+            resume.Keeper(folder, cfg.checkpoint_every, saves=how in resume.ENGINES),
+            *watching,
+        ],
+        plugins=[resume.PlainCheckpoints(content(cfg))],
         default_root_dir=run.folder,
     )
     projector_parameters = sum(p.numel() for p in model.projector.parameters())  # sharding leaves them without a size
-    trainer.fit(module, loader)
+    if kept:
+        rows.go_on(int(kept.name[5:]))
+        if trainer.is_global_zero:
+            Console().print(f"{name} goes on from {kept}")
+    trainer.fit(module, loader, ckpt_path=kept)
     if module.weights is None:
         if adapters is not None:
             model.language = adapters.merge_and_unload()
@@ -234,7 +258,7 @@ def stage(
     if trainer.is_global_zero:
         look = {**OmegaConf.to_container(cfg.model.pictures), "mode": recipe.pictures}
         save_checkpoint(done, folder, extras={"image_aspect_ratio": recipe.pictures, "mvlm_pictures": look})
-        seconds = time.monotonic() - began
+        seconds = module.seconds + time.monotonic() - began
         write_json(
             folder / "stage.json",
             facts
@@ -243,6 +267,7 @@ def stage(
                 "samples": mixture.counts,
                 "held_out": len(held_out),
                 "skipped": skips.summary(),
+                "skipped_steps": module.skipped,
                 "seconds": round(seconds, 1),
                 "samples_per_second": round(len(mixture) * recipe.epochs / seconds, 3),
                 "image_tokens": model.image_tokens,
@@ -253,6 +278,8 @@ def stage(
                 "history": module.history,
             },
         )
+        for one in resume.checkpoints(folder):
+            shutil.rmtree(one)
     trainer.strategy.barrier()  # no process goes on to the next stage before this one is saved
 
 
@@ -346,8 +373,9 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
     W&B run. It is open from here on, and ends as the process does: an error or an interrupt marks it as failed, and one that is
     killed says nothing of its end, by which W&B knows it as crashed. Its group is W&B's own WANDB_RUN_GROUP.
 
-    A process told to stop (SIGTERM) ends with 143 as usual: Lightning's own exception would end it with 0.
+    A process told to stop (SIGTERM, SIGUSR1) ends with `resume.REQUEUE`, in a stage after it has saved itself.
     """
+    resume.on_signals(resume.ends_with_requeue)
     chosen: partial = instantiate(cfg.logger)
     logger = None
     if chosen.func is not CSVLogger:
@@ -361,8 +389,8 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
     except BaseException as error:
         if logger:
             logger.experiment.finish(exit_code=1)
-        if isinstance(error, SIGTERMException):
-            raise SystemExit(128 + signal.SIGTERM) from None
+        if isinstance(error, SIGTERMException):  # Lightning's own would end the process with 0
+            raise SystemExit(resume.REQUEUE) from None
         raise
     if logger:
         # By every process that ends well: of a run that was interrupted, W&B keeps the last one's summary.
@@ -371,10 +399,18 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
 
 
 def world_size(trainer: Mapping[str, Any]) -> int:
-    """Devices that the trainer will use."""
+    """Devices that the trainer will use.
+
+    Raises:
+        ValueError: there are no such ones.
+    """
     quiet()
     keys = ("accelerator", "devices", "num_nodes")
-    return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
+    try:
+        return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
+    except MisconfigurationException as error:
+        told = ", ".join(f"trainer.{k}={trainer[k]}" for k in keys)
+        raise ValueError(f"{told} cannot be had on this machine: {error}") from None
 
 
 class Bar(TQDMProgressBar):
@@ -442,4 +478,9 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # StepData is, by its own state
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings(
+        "ignore", message=".*Grad strides do not match.*"
+    )  # DDP's, of a depthwise convolution: a little time
+    warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")  # so it is told to

@@ -8,6 +8,7 @@ whole; its tensors' hash is in `state.json`, so one that was torn later is told 
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,6 +33,9 @@ from mvlm.run import file_hash, write_json
 
 KEPT = 2
 """Checkpoints of a stage that are kept: the newest, and one before it in case the newest is torn."""
+
+ENGINES = ("plain", "ddp")
+"""Engines under which a stage is kept in its middle; under the others its weights lie in pieces, and a killed stage begins anew."""
 
 REQUEUE = 75
 """Exit code of a process that was told to stop (SIGTERM, SIGUSR1), has saved itself and can be started again: EX_TEMPFAIL of sysexits.h."""
@@ -162,16 +167,30 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+class Rows(CSVLogger):
+    """metrics.csv, which a stage that goes on begins with the rows before its checkpoint."""
+
+    def go_on(self, step: int) -> None:
+        """Keep the rows of the steps before `step`."""
+        file = Path(self.log_dir) / "metrics.csv"
+        before = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
+        written = self.experiment  # made when first asked for, and empties the file
+        for row in before:
+            if int(row["step"]) < step:
+                written.metrics.append({key: value for key, value in row.items() if value != ""})
+
+
 class Keeper(Callback):
     """Saves a stage every `every` optimizer steps, and when the process is told to stop; then ends it with REQUEUE.
 
     Args:
         folder: of the stage.
         every: None saves only when told to stop.
+        saves: whether it can; else it only ends the process in time.
     """
 
-    def __init__(self, folder: Path, every: int | None) -> None:
-        self.folder, self.every = folder, every
+    def __init__(self, folder: Path, every: int | None, saves: bool = True) -> None:
+        self.folder, self.every, self.saves = folder, every, saves
         self.told, self.saved = 0, 0
         self._before: dict[int, Any] = {}
 
@@ -187,15 +206,18 @@ class Keeper(Callback):
         if index % trainer.accumulate_grad_batches:
             return
         told = self._any_told(trainer, module)
-        if step and step != self.saved and (told or (self.every and step % self.every == 0)):
+        if self.saves and step and step != self.saved and (told or (self.every and step % self.every == 0)):
             self.saved = step
+            for logger in trainer.loggers:
+                logger.save()
             trainer.save_checkpoint(self.folder / f"step-{step}")
             if trainer.is_global_zero:
                 for old in checkpoints(self.folder)[KEPT:]:
                     shutil.rmtree(old, ignore_errors=True)
         if told:
             if trainer.is_global_zero:
-                print(f"\ntold to stop ({signal.Signals(told).name}): saved at step {step}; the same command goes on")
+                done = f"saved at step {step}" if self.saved == step else f"stopped at step {step}, nothing saved"
+                print(f"\ntold to stop ({signal.Signals(told).name}): {done}; the same command goes on")
             raise SystemExit(REQUEUE)
 
     def _any_told(self, trainer: L.Trainer, module: L.LightningModule) -> int:
@@ -206,7 +228,7 @@ class Keeper(Callback):
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return int(told)
 
-    def teardown(self, *ignored: Any) -> None:
+    def teardown(self, *ignored: Any, **more: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -29,6 +30,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+
+from mvlm.trust import check_config, load_config, read_json, refuse_secrets
 
 MACHINE_KEYS = (
     "runs",
@@ -39,6 +42,9 @@ MACHINE_KEYS = (
     "features",
     "workers",
     "on_bad_sample",
+    "on_divergence",
+    "checkpointing",
+    "checkpoint_every",
     "trainer",
     "logger",
     "evaluate",
@@ -55,6 +61,10 @@ MACHINE_KEYS = (
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightning", "torchmetrics", "hydra-core", "wandb")
 
 
+PATIENCE = 600
+"""Seconds that a process waits for the first one to open the run folder."""
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one level of dotted keys."""
     if isinstance(tree, Mapping):
@@ -67,6 +77,11 @@ def write_json(path: Path, content: Any) -> None:
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     aside.replace(path)
+
+
+def first_process() -> bool:
+    """Whether this is the first of the processes that train together, whatever started them: Lightning, torchrun or SLURM."""
+    return not any(int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def file_hash(path: Path) -> str:
@@ -118,15 +133,22 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self._own = False  # whether this process wrote the configuration, and so may make whatever it names
 
     @classmethod
     def open(cls, cfg: DictConfig) -> Run:
-        """Make the folder of a configuration, or find it again.
+        """Make the folder of a configuration, or find it again. Of processes that train together the first one does so.
 
         Raises:
-            ValueError: the folder holds another configuration (the message lists what differs), or another process trains there.
+            ValueError: the folder holds another configuration (the message lists what differs), another process trains there, or
+                the configuration holds a secret.
         """
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+        refuse_secrets(resolved)
         run = cls(Path(cfg.runs) / (cfg.cell or cell_name(cfg)))
+        if not first_process():
+            run.wait()
+            return run
         if differs := run.differs(cfg):
             raise ValueError(
                 f"{run.folder} holds a run of another configuration:\n" + "\n".join(differs[:20]) + "\n"
@@ -134,7 +156,8 @@ class Run:
             )
         run.folder.mkdir(parents=True, exist_ok=True)
         run.lock()
-        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), run.folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create(resolved), run.folder / "config.yaml")
+        run._own = True
         if not (run.folder / "run.json").exists():
             run.note(**manifest(), seed=cfg.seed, wandb_id=uuid.uuid4().hex[:8])
         return run
@@ -162,6 +185,20 @@ class Run:
         keys = sorted(k for k in old | new if old.get(k) != new.get(k))
         return [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in keys]
 
+    def wait(self) -> None:
+        """Until the first process has opened the folder.
+
+        Raises:
+            ValueError: it has not in PATIENCE seconds.
+        """
+        began = time.monotonic()
+        while not (self.folder / "run.json").exists():
+            if time.monotonic() - began > PATIENCE:
+                raise ValueError(
+                    f"the first process has not opened {self.folder} in {PATIENCE} s: is it the same folder on all nodes?"
+                )
+            time.sleep(0.1)
+
     def lock(self) -> None:
         """Keep the folder to this process (of several that train together: to the first) until it ends, however it ends.
 
@@ -170,7 +207,7 @@ class Run:
         Raises:
             ValueError: another process has it.
         """
-        if int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("SLURM_PROCID", 0)):
+        if not first_process():
             return
         me = f"process {os.getpid()} on {platform.node()}"
         held = open(self.folder / ".lock", "a+")  # noqa: SIM115 (closed when the process ends)
@@ -202,27 +239,34 @@ class Run:
 
     @property
     def config(self) -> DictConfig:
-        """The configuration it was made with."""
-        return OmegaConf.load(self.folder / "config.yaml")
+        """The configuration it was made with.
+
+        Raises:
+            ValueError: this process did not write it, and it would do here what a run folder must not, see `mvlm.trust`.
+        """
+        path = self.folder / "config.yaml"
+        config = load_config(path)
+        return config if self._own else check_config(config, path)
 
     def config_dict(self) -> dict[str, Any]:
-        """The same in plain types, nested as it is."""
-        return OmegaConf.to_container(self.config)
+        """The same in plain types, nested as it is, and only to be read."""
+        return OmegaConf.to_container(load_config(self.folder / "config.yaml"))
 
     @property
     def facts(self) -> dict[str, Any]:
         """What run.json says."""
         path = self.folder / "run.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def note(self, **facts: Any) -> None:
-        """Add to run.json."""
-        write_json(self.folder / "run.json", self.facts | facts)
+        """Add to run.json; of processes that train together the first one does so."""
+        if first_process():
+            write_json(self.folder / "run.json", self.facts | facts)
 
     def results(self, protocol: str = "paper") -> dict[str, Any]:
         """The scores by a protocol; empty if there are none."""
         path = self.folder / f"results{beside(protocol)}.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def finished(self, stage: str) -> bool:
         """Whether a stage was trained to its end and saved."""

@@ -28,6 +28,7 @@ from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.page import CONTROLS, Shown, curve_figure, document, gallery, picture_of, score_table, spread, table
 from mvlm.run import Run, beside, manifest, write_json
+from mvlm.trust import read_json
 
 TITLES = {"gqa": "GQA", "sqa": "SQA-I", "textvqa": "VQA-T", "pope": "POPE", "mme": "MME-P", "mmbench": "MMB-dev"}
 """Column heads of the paper's tables."""
@@ -349,7 +350,7 @@ def about(run: Run, results: dict[str, Any]) -> str:
 def page_of(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> str:
     """index.html: scores, curve, and the first pictures with up to three questions each."""
     history = {
-        stage: json.loads((run.folder / stage / "stage.json").read_text())["history"]
+        stage: read_json(run.folder / stage / "stage.json").get("history", [])
         for stage in build.STAGES
         if run.finished(stage)
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import codecs
 import fcntl
-import json
 import os
 import re
 import signal
@@ -48,6 +47,7 @@ from rich.table import Table
 
 from mvlm.cli import CONF, ROOT, check_overrides, nearest
 from mvlm.run import Run, cell_name, write_json
+from mvlm.trust import read_json
 
 if TYPE_CHECKING:
     from mvlm.plan import Plan
@@ -147,7 +147,7 @@ class Cell:
 def outcome(run: Run) -> dict[str, Any]:
     """How a sweep's last attempt at a cell ended; empty without one."""
     path = run.folder / "outcome.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def cells(arguments: Sequence[str]) -> list[Cell]:

@@ -38,6 +38,7 @@ from mvlm.report import DRAWS, Side, benchmark, from_marks, holm, judge, togethe
 from mvlm.run import MACHINE_KEYS, Run, beside
 from mvlm.score import counted, fingerprint
 from mvlm.sweep import OWN_KEYS, Cell, Sweep, outcome
+from mvlm.trust import read_json
 
 PUBLISHED = ROOT / "results" / "published.yaml"
 
@@ -124,7 +125,7 @@ def named(cell: Cell) -> tuple[str, str]:
 
 def trained(run: Run) -> dict[str, dict[str, Any]]:
     """What stage.json says, of each stage that is trained."""
-    return {s: json.loads((run.folder / s / "stage.json").read_text()) for s in STAGES if run.finished(s)}
+    return {s: read_json(run.folder / s / "stage.json") for s in STAGES if run.finished(s)}
 
 
 def histories(report: Mapping[str, Any]) -> dict[str, list[dict[str, list[dict[str, float]]]]]:

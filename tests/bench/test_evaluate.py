@@ -64,5 +64,6 @@ def test_the_script_keeps_what_it_measured(tmp_path, nano_cache):
     assert len(content["measured"]) == 1 and content["versions"]["torch"] and content["hardware"]["cores"]
     refused = subprocess.run([*command[:-1], "target=nothing"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (
-        refused.returncode and "there is no such target (there are: device, evaluate, index, train)" in refused.stderr
+        refused.returncode
+        and "there is no such target (there are: decode, device, evaluate, index, soak, start, train)" in refused.stderr
     )

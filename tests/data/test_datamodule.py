@@ -224,6 +224,7 @@ def test_by_stop_an_unreadable_picture_ends_the_run_in_one_line(torn, workers, t
     ) as raised:
         fit(tmp_path, StepData(torn("stop"), 8, 4, workers=workers), Learner())
     assert "\n" not in str(raised.value) and "Traceback" not in str(raised.value)
+    assert not multiprocessing.active_children(), "the workers have ended"
 
 
 def counted(rank, port, told):

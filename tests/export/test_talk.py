@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -11,7 +13,9 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,12 +120,133 @@ def test_the_server_is_for_this_machine_alone(server):
     port = int(address.rsplit(":", 1)[1])
     listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if line.split()[3] == "0A"]
     assert [place for place in listening if place.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
-    request = urllib.request.Request(f"{address}/v1/models", headers={"Origin": "http://elsewhere.example"})
-    with urllib.request.urlopen(request) as answer:
+    with urllib.request.urlopen(f"{address}/v1/models") as answer:
         assert answer.headers.get("Access-Control-Allow-Origin") in (None, ""), "no page from elsewhere may read it"
-    for path in ("/slots", "/../language.gguf", "/%2e%2e/language.gguf"):
+    for path in ("/slots", "/../language.gguf", "/%2e%2e/language.gguf", "/%2e%2e%5clanguage.gguf", "//etc/passwd"):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(address + path)
+
+
+def asked(address: str, body: Any, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, str]:
+    """What the server says to a request, and with which code."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    kind = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address + path, content, kind)) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def about(url: str, kind: str = "image_url") -> dict[str, Any]:
+    """A question about a picture."""
+    content = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": "What is this?"}]
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+
+
+def as_url(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+HELLO = {"messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 1}
+
+
+def test_pages_of_other_sites_are_refused(server):
+    """By where they come from; or by the name they reach us by, for a site can give its own name this machine's address."""
+    address, _ = server
+    port = address.rsplit(":", 1)[1]
+    assert asked(address, HELLO)[0] == asked(address, HELLO, Origin=address)[0] == 200
+    assert asked(address, HELLO, Host=f"localhost:{port}", Origin=f"http://localhost:{port}")[0] == 200
+    for name in (
+        f"elsewhere.example:{port}",
+        "127.0.0.1.elsewhere.example",
+        "localhost.elsewhere.example",
+        "",
+        "[",
+        "192.0.2.1",
+    ):
+        code, told = asked(address, HELLO, Host=name)
+        assert code == 403 and f"this is {address}" in told
+    for origin in (
+        "http://elsewhere.example",
+        "null",
+        f"https://127.0.0.1:{port}",
+        "http://127.0.0.1:1",
+        f"{address}.example",
+    ):
+        code, told = asked(
+            address, HELLO, Origin=origin, Content_Type="text/plain"
+        )  # which a browser sends without asking
+        assert code == 403 and "may not use this model" in told
+
+
+def test_a_picture_comes_along_and_is_not_fetched(server, folder):
+    address, _ = server
+    wide = as_url((folder / "wide.png").read_bytes())
+    assert asked(address, about(wide))[0] == 200
+    fetched = []
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.settimeout(0.5)
+        remote = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/cat.png"
+        for url in (
+            remote,
+            (folder / "wide.png").as_uri(),
+            str(folder / "wide.png"),
+            "data:text/html,x",
+            "data:image/png;base64,A",
+        ):
+            for path in ("/v1/chat/completions", "/chat/completions", "/apply-template"):
+                assert asked(address, about(url), path)[0] == 400, url
+        twice = json.dumps(about(wide)).replace(
+            '"image_url": {', f'"image_url": {{"url": "{remote}"}}, "image_url": {{'
+        )
+        assert asked(address, twice.encode())[0] == 200, "of two, the one that was looked at"
+        with suppress(TimeoutError):
+            fetched.append(elsewhere.accept())
+    assert fetched == []
+    for kind in ("input_audio", "video_url"):
+        assert asked(address, about(wide, kind))[0] == 400
+
+
+def test_a_request_is_not_too_large(server, folder):
+    """Neither what is sent nor what it would become: a picture of 31 kB can stand for a gigabyte of pixels."""
+    address, _ = server
+    where = ("127.0.0.1", int(address.rsplit(":", 1)[1]))
+    start = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    for said, code in (
+        (b"Content-Length: 1073741824", 413),
+        (b"Transfer-Encoding: chunked", 411),
+        (b"Content-Length: -1", 411),
+    ):
+        with socket.create_connection(where) as line:
+            line.sendall(start + said + b"\r\n\r\n")
+            assert line.recv(1000).split()[1] == str(code).encode()
+    for side, code in ((3000, 200), (8000, 400), (16000, 400)):
+        file = io.BytesIO()
+        Image.new("1", (side, side)).save(file, "PNG")
+        assert len(file.getvalue()) < 200_000 and asked(address, about(as_url(file.getvalue())))[0] == code, side
+    for body in (b"{", b"[" * 100_000, b"\xff", b""):
+        assert asked(address, body)[0] == 400
+    for path in ("/completion", "/props", "/models/load", "/v1/embeddings", "/slots/0?action=save"):
+        assert asked(address, HELLO, path)[0] == 404
+    assert asked(address, HELLO)[0] == 200, "and it lives"
+
+
+def test_llama_cpp_behind_it_asks_for_a_key(server):
+    """Whoever finds its port can do nothing there."""
+    address, _ = server
+    (far,) = (
+        process
+        for process in Path("/proc").glob("[0-9]*")
+        if f"\nPPid:\t{os.getpid()}\n" in (process / "status").read_text()
+        and b"export.far" in (process / "cmdline").read_bytes()
+    )
+    held = {os.readlink(link) for link in (far / "fd").iterdir()}
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    mine = [line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in held]
+    assert all(place.startswith("0100007F:") for place in mine)
+    inner = {f"http://127.0.0.1:{int(place[9:], 16)}" for place in mine} - {address}
+    assert len(inner) == 1 and asked(inner.pop(), HELLO)[0] == 401
 
 
 def test_a_taken_port_is_told(folder):

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from mvlm.batch import IMAGE_TOKEN
 from mvlm.benchmark.base import Picture, Question, digest
+from mvlm.model.decode import Decoder, Decoders
 from mvlm.model.mobilevlm import MobileVLM
 
 Control = Literal["none", "blind", "shuffled"]
@@ -98,6 +99,7 @@ def answers(
         raise ValueError(f"precision is float32, bfloat16 or float16, not {precision!r}")
     autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
     stop, training = frozenset(stop_ids), [module for module in model.modules() if module.training]
+    decoders = Decoders(model.language)
     model.eval()
     try:
         for group in _groups(asked, batch_size):
@@ -108,7 +110,7 @@ def answers(
             for start in range(0, len(jobs), batch_size):
                 rows, batch = zip(*jobs[start : start + batch_size], strict=True)
                 with torch.no_grad(), autocast:
-                    said = _generate(model, prefix, rows, [one.tail for one in batch], stop, max_new_tokens)
+                    said = _generate(model, decoders, prefix, rows, [one.tail for one in batch], stop, max_new_tokens)
                 for one, (ids, stopped) in zip(batch, said, strict=True):
                     yield Answer(one.question, decode(ids).strip(), stopped)
     finally:
@@ -213,6 +215,7 @@ def _pixels(picture: Picture, question: Question, pictures: Callable[[Path | IO[
 
 def _generate(
     model: MobileVLM,
+    decoders: Decoders,
     prefix: KeysAndValues,
     rows: Sequence[int],
     tails: Sequence[list[int]],
@@ -240,18 +243,19 @@ def _generate(
     real = torch.tensor([[1] * past + [0] * (length - len(tail)) + [1] * len(tail) for tail in tails], device=device)
     # Positions count real tokens, so a tail follows its picture directly, however much padding stands between.
     positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
+    hidden = model.language.model(
+        inputs_embeds=model.embed(ids),
+        attention_mask=real,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1]
+    best = model.language.lm_head(hidden).argmax(-1)
     said: list[list[int]] = [[] for _ in tails]
     stopped = [False] * len(tails)
     running = list(range(len(tails)))
+    decoder: Decoder | None = None
     while True:
-        hidden = model.language.model(
-            inputs_embeds=model.embed(ids),
-            attention_mask=real,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        best = model.language.lm_head(hidden).argmax(-1)
         keep = []
         for place, (row, token) in enumerate(zip(running, best.tolist(), strict=True)):
             stopped[row] = token in stop
@@ -261,10 +265,9 @@ def _generate(
                     keep.append(place)
         if not keep:
             return list(zip(said, stopped, strict=True))
+        if decoder is None:
+            decoder = decoders.begin(cache, real, best, limit)
         if len(keep) < len(running):  # finished rows leave: one that rambles on does not hold up the others
             running = [running[place] for place in keep]
-            kept = torch.tensor(keep, device=device)
-            cache.batch_select_indices(kept)
-            best, real, positions = best[kept], real[kept], positions[kept]
-        ids, positions = best[:, None], positions[:, -1:] + 1
-        real = torch.cat([real, real.new_ones(len(running), 1)], 1)
+            decoder.keep(torch.tensor(keep, device=device))
+        best = decoder.step()

@@ -164,10 +164,17 @@ class Benchmark(ABC):
         """Every question, with its picture known to be there.
 
         Raises:
-            ValueError: a file is missing, laid out otherwise or of another version, or an id comes twice; the message
-                says where it comes from.
+            ValueError: a file is missing, laid out otherwise or of another version, an id comes twice, or a picture is named
+                outside the folder; the message says where the files come from.
         """
-        found = require_pictures(list(self.read()), self.source)
+        found = list(self.read())
+        for path in {q.image for q in found if isinstance(q.image, Path)}:
+            if not path.is_relative_to(self.folder) or ".." in path.relative_to(self.folder).parts:
+                raise ValueError(
+                    f"a question of {self.folder} names the picture {path}, which lies elsewhere and would stand in the pages of "
+                    f"answers: take the unchanged files of {self.source}"
+                )
+        found = require_pictures(found, self.source)
         if not self.any_version and self.versions and self.version(found) is None:
             counts = _counts(found)
             known = "; ".join(f"{name}: {_told(known)}" for name, known in self.versions.items())

@@ -242,7 +242,9 @@ def stored(path: Path, questions: Sequence[Question]) -> dict[str, dict[str, Any
     for number, text in enumerate(content[:whole].decode("utf-8").split("\n")[:-1], 1):
         try:
             line = json.loads(text)
-            known = prompts.get(line["id"]) == line["prompt"] and {"text", "stopped"} <= set(line)
+            known = prompts.get(line["id"]) == line["prompt"]
+            if not (isinstance(line["text"], str) and isinstance(line["stopped"], bool)):
+                raise TypeError("text and stopped are a text and true or false")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is no stored answer ({error!r}): remove the file") from error
         if not known:

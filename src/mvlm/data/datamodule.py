@@ -144,14 +144,19 @@ class StepLoader:
     def __iter__(self) -> Iterator[Batch]:
         done = self.batches.epoch * self.batches.steps + self.batches.start
         remaining = len(self.batches)
-        loader = iter(DataLoader(self.dataset, batch_sampler=self.batches, **self.loading))
+        loader, told = iter(DataLoader(self.dataset, batch_sampler=self.batches, **self.loading)), None
         while True:
             try:
                 micro_batches = next(loader)
             except StopIteration:
                 return
             except (PictureError, ConnectionError) as error:  # a worker's comes with its traceback before it
-                raise type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from None
+                told = type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip())
+                error.__traceback__ = None
+            if told:
+                # Nothing holds it then: the workers end here, else each keeps the process for 5 seconds when that ends.
+                del loader
+                raise told
             remaining -= 1
             if remaining == 0:  # before the last batches are handed out: Lightning counts them and asks no further
                 self.batches.seek(done + 1)

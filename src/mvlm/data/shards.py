@@ -256,7 +256,9 @@ def _fetched(location: str, cache: Path) -> Path:
         facts = _asked(url, lambda store, path: store.info(path))
     except FileNotFoundError:
         cure = "python -m mvlm.data.shards packs a folder; copy what it makes there"
-        raise ValueError(f"there is no {url}: pictures are read from a URL as shards alone. {cure}") from None
+        raise ValueError(
+            f"there is no {url}, or no answer: pictures are read from a URL as shards alone. {cure}"
+        ) from None
     except ImportError as error:
         raise ValueError(f"{url} cannot be fetched: {error}") from None
     told = json.dumps([location, facts], sort_keys=True, default=str)

@@ -10,10 +10,12 @@ import ctypes
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from mvlm.export.engine import BUILD, FAILED, LOOPBACK, MARKER, TESTED
+from mvlm.export.guard import Guard
 
 
 def _library(task: dict[str, Any]) -> ctypes.CDLL:
@@ -118,21 +121,22 @@ class _Server:
     """llama.cpp's server, in this process or as its child.
 
     Args:
-        ui: whether it shows a page.
+        ui: whether it shows a page; then `Guard` stands before it.
         loud: whether it tells its log when it encodes a picture, and keeps nothing of one request for the next.
+
+    It listens on this machine alone, and answers who knows its key.
     """
 
-    def __init__(
-        self, task: dict[str, Any], host: str = LOOPBACK, port: int = 0, ui: bool = False, loud: bool = False
-    ) -> None:
+    def __init__(self, task: dict[str, Any], ui: bool = False, loud: bool = False) -> None:
+        self.key = secrets.token_urlsafe(32)
         if task["build"]:
-            port = port or _free_port(host)
-            self.address = f"http://{host}:{port}"
-            self._server = _program(task, host, port, ui, loud)
+            port = _free_port(LOOPBACK)
+            self.address = f"http://{LOOPBACK}:{port}"
+            self._server = _program(task, port, ui, loud, self.key)
             self.process: int = self._server.pid
             self._wait()
         else:
-            self._server = _packaged(task, host, port, ui, loud)
+            self._server = _packaged(task, ui, loud, self.key)
             self.address, self.process = self._server.listening_address, os.getpid()
 
     def _wait(self) -> None:
@@ -144,9 +148,8 @@ class _Server:
             time.sleep(0.05)
 
     def __call__(self, path: str, **body: Any) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request) as answer:
                 return json.load(answer)
@@ -154,7 +157,7 @@ class _Server:
             raise SystemExit(f"the server refused {path}: {error.read().decode(errors='replace')}") from None
 
 
-def _packaged(task: dict[str, Any], host: str, port: int, ui: bool, loud: bool) -> Any:
+def _packaged(task: dict[str, Any], ui: bool, loud: bool, key: str) -> Any:
     """The package's server, in this process."""
     import xllamacpp
 
@@ -165,7 +168,7 @@ def _packaged(task: dict[str, Any], host: str, port: int, ui: bool, loud: bool) 
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = task["threads"]
     p.n_gpu_layers, p.mmproj_use_gpu = task["gpu_layers"], bool(task["gpu_layers"])
     p.no_op_offload = p.no_kv_offload = not task["gpu_layers"]
-    p.hostnames, p.port, p.ui = [host], port, ui
+    p.hostnames, p.port, p.api_keys, p.ui = [LOOPBACK], 0, [key], ui
     p.endpoint_slots, p.cors_origins = False, ""  # nobody else's page may read what is said here
     p.public_path, p.sampling.temp = task.get("page") or "", 0.0
     if loud:
@@ -173,10 +176,10 @@ def _packaged(task: dict[str, Any], host: str, port: int, ui: bool, loud: bool) 
     return xllamacpp.Server(p)
 
 
-def _program(task: dict[str, Any], host: str, port: int, ui: bool, loud: bool) -> subprocess.Popen:
+def _program(task: dict[str, Any], port: int, ui: bool, loud: bool, key: str) -> subprocess.Popen:
     """A build's own server, with the same settings. Its log goes where ours goes, and the kernel ends it with us."""
     words = {"-m": task["language"], "--mmproj": task["mmproj"], "-c": task["context"], "--parallel": 1, "--temp": 0}
-    words |= {"-ngl": task["gpu_layers"], "--host": host, "--port": port, "--cors-origins": ""}
+    words |= {"-ngl": task["gpu_layers"], "--host": LOOPBACK, "--port": port, "--cors-origins": ""}
     if task["threads"]:
         words |= {"-t": task["threads"], "-tb": task["threads"]}
     if task.get("page"):
@@ -187,7 +190,8 @@ def _program(task: dict[str, Any], host: str, port: int, ui: bool, loud: bool) -
     flags += ["--no-mmproj-offload", "--device", "none"] * (not task["gpu_layers"])
     line = [str(Path(task["build"]) / "llama-server"), *(str(word) for pair in words.items() for word in pair), *flags]
     ends_with_us = ctypes.CDLL(None).prctl
-    return subprocess.Popen(line, stdin=subprocess.DEVNULL, preexec_fn=lambda: ends_with_us(1, signal.SIGKILL))
+    env = os.environ | {"LLAMA_API_KEY": key}  # everybody on this machine can read a command line
+    return subprocess.Popen(line, stdin=subprocess.DEVNULL, env=env, preexec_fn=lambda: ends_with_us(1, signal.SIGKILL))
 
 
 def _free_port(host: str) -> int:
@@ -197,8 +201,10 @@ def _free_port(host: str) -> int:
 
 
 def _serve(task: dict[str, Any]) -> Iterator[str]:
-    server = _Server(task, task["host"], task["port"], ui=True)
-    yield server.address
+    server = _Server(task, ui=True)
+    guard = Guard(task["host"], task["port"], server.address, server.key)
+    threading.Thread(target=guard.serve_forever, daemon=True).start()
+    yield guard.address
     sys.stdin.read()  # until the near side ends
 
 

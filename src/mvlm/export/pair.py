@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,10 @@ from typing import Any
 from mvlm.data.image import Pictures, open_picture
 from mvlm.export.container import Opened
 from mvlm.export.gate import png
+from mvlm.trust import read_json
+
+LONGEST, LARGEST = 1 << 20, 1 << 12
+"""Most positions of a context, and most pixels of a picture's side, that a manifest may ask for."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Pair:
         """In a folder that export.py wrote, or in one with a single pair.
 
         Raises:
-            ValueError: there is no pair, or several, or a file is not as long as the manifest says.
+            ValueError: there is no pair, or several, a file is not as long as the manifest says, or that is laid out otherwise or names a
+                file of another folder.
         """
         folder = Path(folder)
         told = folder / "manifest.json"
-        if told.exists() and "mmproj" in (about := json.loads(told.read_text(encoding="utf-8"))).get("files", {}):
+        if told.exists() and "mmproj" in (about := read_json(told)).get("files", {}):
+            _check(about, told)
             files = [folder / about["files"][role]["name"] for role in ("language", "mmproj")]
             for file, role in zip(files, ("language", "mmproj"), strict=True):
                 here, there = file.stat().st_size if file.exists() else 0, about["files"][role]["bytes"]
@@ -57,3 +62,25 @@ class Pair:
         """A picture as the model was trained to see it, as a PNG file. Files that were not exported here get it as it is."""
         look, picture = self.about.get("pictures"), open_picture(image)
         return png(Pictures(look["size"], look["mode"], look["mean"], look["std"]).fit(picture) if look else picture)
+
+
+def _check(about: dict[str, Any], told: Path) -> None:
+    """Raises ValueError unless a manifest says what is read of it: it came with the files, from wherever these did."""
+    try:
+        for role in ("language", "mmproj"):
+            name = about["files"][role]["name"]
+            if not name or Path(name).name != name or name == "..":
+                raise ValueError(f"{told} names the file {name}, and its files lie beside it: export it again")
+        context, look = about.get("context"), about.get("pictures")
+        right = context is None or (isinstance(context, int) and 0 < context <= LONGEST)
+        if look is not None:
+            right &= isinstance(look["size"], int) and 0 < look["size"] <= LARGEST and isinstance(look["mode"], str)
+            right &= all(
+                len(look[key]) == 3 and all(isinstance(v, float) for v in look[key]) for key in ("mean", "std")
+            )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{told} is laid out otherwise than export.py writes it ({error!r}): export it again"
+        ) from None
+    if not right:
+        raise ValueError(f"{told}: context={context} or pictures={look} is none that export.py writes: export it again")

@@ -61,9 +61,10 @@ COMPUTES = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_ac
 """Settings of a language model that change its numbers and no tensor's shape: unchecked, the wrong model loads well."""
 
 NOT_LANGUAGE = re.compile(
-    r"(mm|image|tune_mm|freeze_mm|use_mm|vision_tower)_.*|architectures|model_type|auto_map|.*dtype"
+    r"(mm|image|tune_mm|freeze_mm|use_mm|vision_tower)_.*|architectures|model_type|auto_map|.*dtype|.*(attn|experts)_implementation.*"
 )
-"""Keys of a checkpoint's config.json that don't speak of the language model."""
+"""Keys of a checkpoint's config.json that don't speak of the language model; or of how it is computed, where transformers would take the
+name of a kernel on the model hub, which is code."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,8 @@ def _original_tower(config: Mapping[str, Any], path: Path, vision: str | Path | 
     if vision is not None:
         return fetch(vision)
     named = config.get("mm_vision_tower")
+    if named is not None and not isinstance(named, str):
+        raise ValueError(f"{path}: mm_vision_tower is a name or a folder, not {named!r}: mend its config.json")
     candidates = [Path(named).expanduser(), path / named, path.parent / named] if named else []
     return next((candidate for candidate in candidates if candidate.exists()), None)
 

@@ -47,15 +47,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a folder; empty where there is none.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is no JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no whole JSON file ({error}): copy or download it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings but {type(config).__name__}: copy or download it again")
+    return config
 
 
 def read_tensors(source: str | Path) -> dict[str, Tensor]:
@@ -85,7 +88,9 @@ def read_tensors(source: str | Path) -> dict[str, Tensor]:
 def _read_index(path: Path) -> dict[str, Tensor]:
     try:
         place: dict[str, str] = json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        if not all(isinstance(shard, str) for shard in place.values()):
+            raise TypeError("weight_map gives each tensor the name of a file")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no whole index ({first_line(error)}): copy or download it again") from error
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(place.values())):

@@ -97,7 +97,10 @@ class MobileVLM(nn.Module):
         """
         features = batch.features
         if features is None and batch.pixels is None:
-            return self.embed(batch.input_ids) + 0 * self.project(self.blank()).sum()
+            nothing = (
+                0 * self.project(self.blank()).sum()
+            )  # before the words, as with pictures: devices gather weights in one order
+            return self.embed(batch.input_ids) + nothing
         return self.embed(batch.input_ids, self.project(self.encode(batch.pixels) if features is None else features))
 
     def blank(self) -> Tensor:

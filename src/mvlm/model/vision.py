@@ -5,6 +5,9 @@ from __future__ import annotations
 import timm
 from torch import Tensor, nn
 
+LOADS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+"""timm's arguments by which a tower's weights come from elsewhere. A saved model tells its arguments, and may be somebody else's."""
+
 
 class Vision(nn.Module):
     """A ViT whose second-to-last block is the output: patch tokens only, no final norm (the reference's `select_layer -2`, `patch`).
@@ -14,12 +17,20 @@ class Vision(nn.Module):
         image_size: side of the square input in pixels.
         timm_arguments: whatever `timm.create_model(name, ...)` takes (depth, embed_dim, class_token, ...).
 
+    Raises:
+        ValueError: an argument by which timm would load weights itself.
+
     The last block and the final norm are never run. They stay in the module, so that a checkpoint that carries them is
     written back whole, and belong to the part `vision.unused`, which no strategy can train.
     """
 
     def __init__(self, name: str, image_size: int, **timm_arguments) -> None:
         super().__init__()
+        if loads := sorted(LOADS & set(timm_arguments)):
+            raise ValueError(
+                f"the tower's {', '.join(loads)} would have timm read a file or the network itself: leave it out, and name the weights "
+                "in model.weights.vision"
+            )
         self.arguments = {
             "name": name,
             "image_size": image_size,

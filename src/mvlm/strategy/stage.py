@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -30,6 +34,16 @@ def cosine_with_warmup(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+SPIKE, RISE = 4.0, 2.0
+"""A step's loss is a spike if it is above so many times the median of the last steps, and so many nats above it, too."""
+
+LOOKED_BACK = 32
+"""Steps of that median."""
+
+IN_A_ROW = 5
+"""Steps that may be skipped one after the other; then the run stops all the same."""
+
+
 class Stage(L.LightningModule):
     """Trains a model for a number of optimizer steps.
 
@@ -42,6 +56,10 @@ class Stage(L.LightningModule):
         name: prefix of what is logged.
         held_out: a batch that is never trained on. Its loss with the true pictures and with its neighbours' is logged every
             `look_every` steps: the gap between the two is how much the model sees.
+        seed: what a micro-batch draws by lot (dropout) depends on this, its step and its place alone, so that a run that goes on after
+            a kill draws the same.
+        on_divergence: what becomes of a step whose loss or gradient is no number, or whose loss is a spike: `stop` before it changes any
+            weight, or `skip` it and count it. Either leaves a file to replay it.
     """
 
     def __init__(
@@ -57,6 +75,8 @@ class Stage(L.LightningModule):
         name: str = "train",
         held_out: Batch | None = None,
         look_every: int = 40,
+        seed: int = 0,
+        on_divergence: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         self.model = model
@@ -68,7 +88,55 @@ class Stage(L.LightningModule):
         self.history: list[dict[str, float]] = []
         self.weights: dict[str, Tensor] | None = None
         """After a training in pieces: all of them, on the first process (`mvlm.strategy.sharding.whole`)."""
-        self._sum = 0.0
+        self.seed, self.on_divergence = seed, on_divergence
+        self.skipped: list[dict[str, Any]] = []
+        """Steps that diverged and were skipped: step, loss, reason."""
+        self.seconds = 0.0
+        """Of training before the checkpoint that this went on from."""
+        self._before: dict[str, int] | None = None
+        self._sum, self._mean, self._ids = 0.0, 0.0, []
+
+    strict_loading = False  # a checkpoint holds what learns, and `on_load_checkpoint` looks whether all of it is there
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen, add what this module counts."""
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["stage"] = {
+            "history": self.history,
+            "skipped": self.skipped,
+            "before": self._before,
+            "accumulation": self.trainer.accumulate_grad_batches,
+            "seconds": self.seconds + time.monotonic() - self._began,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting; micro-batches are counted anew where the number of devices has changed.
+
+        Raises:
+            ValueError: other parameters learn here.
+        """
+        learns = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        if missing := learns - set(checkpoint["state_dict"]):
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} of {len(learns)} tensors that learn, e.g. {min(missing)}: it is of another "
+                "strategy; remove it to begin the stage anew"
+            )
+        kept = checkpoint["stage"]
+        self.history, self.skipped, self._before = kept["history"], kept["skipped"], kept["before"]
+        self.seconds = kept["seconds"]
+        now, then = self.trainer.accumulate_grad_batches, kept["accumulation"]
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+            if isinstance(counts, dict):  # the batch that was about to begin is `ready`, not yet `completed`
+                ahead = counts["ready"] - counts["completed"]
+                done = counts["completed"] // then * now
+                counts |= dict.fromkeys(("completed", "started", "processed"), done) | {"ready": done + ahead}
+
+    def on_train_start(self) -> None:
+        self._began = time.monotonic()
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = (
+            self.global_step
+        )  # a resumed run's loggers count from there
 
     def configure_model(self) -> None:
         """Called when the processes know one another. Here FSDP2 cuts the model; DDP and DeepSpeed do so by themselves."""
@@ -92,17 +160,63 @@ class Stage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """By the norm over all devices' pieces. Lightning refuses a fused AdamW here, as its own unscaling would come too late; without
-        scaling it need not. DeepSpeed clips by itself."""
-        if self._deepspeed:
-            return
-        if not self._fused:
+        """By the norm over all devices' pieces; a step that diverged is found here, before it changes a weight. Lightning refuses a fused
+        AdamW here, as its own unscaling would come too late; without scaling it need not. DeepSpeed clips by itself."""
+        self._mean, self._sum, norm = self._over_devices(self._sum), 0.0, 0.0
+        if not (self._deepspeed or self._fused):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_([p for g in self.groups for p in g["params"]], gradient_clip_val)
+        elif not self._deepspeed:
+            learning = [p for g in self.groups for p in g["params"]]
+            norm = float(torch.nn.utils.clip_grad_norm_(learning, gradient_clip_val or math.inf))
+        if reason := self._diverged(self._mean, norm):
+            self._give_up(reason)
+            optimizer.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient, its moments, too
+        self._ids = []
+
+    def _diverged(self, loss: float, norm: float) -> str:
+        """Why a step must not be taken; empty if it may."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"its loss is {loss:g} and the norm of its gradient {norm:g}"
+        past = [entry["loss"] for entry in self.history[-LOOKED_BACK:]]
+        if len(past) == LOOKED_BACK and loss > max(SPIKE * (middle := statistics.median(past)), middle + RISE):
+            return f"its loss is {loss:.3g}, where the {LOOKED_BACK} steps before have {middle:.3g} in the middle"
+        return ""
+
+    def _give_up(self, reason: str) -> None:
+        """Leave a file by which the step can be looked at; then stop, or count it.
+
+        Raises:
+            ValueError: with `stop`, or if one step after the other diverges.
+        """
+        step, ids = self.global_step + 1, self._ids
+        if self.trainer.world_size > 1:
+            everyone: list[list[str]] = [[]] * self.trainer.world_size
+            dist.all_gather_object(everyone, ids)
+            ids = [one for some in everyone for one in some]
+        file = Path(self.trainer.default_root_dir) / self.name / f"diverged-{step}.json"
+        told = {
+            "stage": self.name,
+            "step": step,
+            "reason": reason,
+            "loss": self._mean,
+            "ids": ids,
+            "losses": self.history[-LOOKED_BACK:],
+        }
+        if self.trainer.is_global_zero:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(told, indent=2) + "\n")
+        self.skipped.append({"step": step, "loss": self._mean, "reason": reason})
+        row = sum(1 for k in range(IN_A_ROW) if {step - k} & {one["step"] for one in self.skipped})
+        if self.on_divergence == "stop" or row == IN_A_ROW:
+            raise ValueError(
+                f"{self.name}, step {step} diverged: {reason}. No weight was changed by it. Its samples: {', '.join(ids[:8])}"
+                f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}. `python doctor.py replay={file}` shows the loss of each. Repair "
+                "the data, take lower rates, or leave such steps out with on_divergence=skip"
+                + (f" (they were: {IN_A_ROW} in a row are too many)" if self.on_divergence == "skip" else "")
+            )
 
     def on_fit_start(self) -> None:
-        self._before = self._fingerprints()
+        self._before = self._before or self._fingerprints()
 
     def _fingerprints(self) -> dict[str, int]:
         """Of all devices' pieces."""
@@ -115,6 +229,8 @@ class Stage(L.LightningModule):
         The step's loss is the mean over all labelled tokens of its micro-batches on all devices, whatever their split. Lightning
         divides by the number of micro-batches and the devices' gradients are averaged, so both are multiplied in again.
         """
+        torch.manual_seed(hash((self.seed, self.global_step, index, self.global_rank)) % 2**63)
+        self._ids += batch.ids
         loss = self.model(batch)
         tokens, share = batch.step_tokens or loss.tokens, self.trainer.accumulate_grad_batches
         tokens, share = self._over_devices(tokens), share * self.trainer.world_size
@@ -129,7 +245,7 @@ class Stage(L.LightningModule):
     def on_train_batch_end(self, outputs, batch: Batch, index: int) -> None:
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
-        step, mean, self._sum = self.global_step, self._over_devices(self._sum), 0.0
+        step, mean = self.global_step, self._mean
         entry = {"step": step, "loss": mean}
         self.log(f"{self.name}/loss", mean, prog_bar=True, rank_zero_only=True)
         if self.held_out is not None and (step % self.look_every == 0 or step == self.steps):

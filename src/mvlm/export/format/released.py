@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from mvlm.model.files import read_config
 from mvlm.page import CONTROLS
 from mvlm.pocket.parts import PARTS
 from mvlm.run import Run, write_json
+from mvlm.trust import read_json
 
 TOKENIZER = (
     "tokenizer.model",
@@ -85,7 +85,7 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
             for name, part in (("tower", model.vision), ("projector", model.projector), ("language", model.language))
         },
         "prompt": source.chat.talk.open("<image>\n{question}"),
-        "stages": {stage: json.loads((source.run.folder / stage / "stage.json").read_text()) for stage in stages},
+        "stages": {stage: read_json(source.run.folder / stage / "stage.json") for stage in stages},
         "files": {path.name: described(path) for path in sorted(folder.iterdir())},
         "tower kind": config.get("vision_tower_type"),
         "proven": True,
