@@ -150,14 +150,13 @@ class StepLoader:
                 micro_batches = next(loader)
             except StopIteration:
                 return
-            except PictureError as error:  # a worker's comes with its traceback before it
-                told = str(error).rsplit(f"{PictureError.__name__}: ", 1)[-1].strip()
+            except (PictureError, ConnectionError) as error:  # a worker's comes with its traceback before it
+                told = type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip())
                 error.__traceback__ = None
             if told:
-                del (
-                    loader
-                )  # nothing holds it: the workers end here, else each keeps the process for 5 seconds when that ends
-                raise PictureError(told)
+                # Nothing holds it then: the workers end here, else each keeps the process for 5 seconds when that ends.
+                del loader
+                raise told
             remaining -= 1
             if remaining == 0:  # before the last batches are handed out: Lightning counts them and asks no further
                 self.batches.seek(done + 1)

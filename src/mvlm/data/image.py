@@ -130,6 +130,7 @@ def open_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Im
 
     Raises:
         PictureError: missing, empty, no picture, cut off, damaged or too large.
+        ConnectionError: its shard cannot be fetched. No picture is bad for that, so a run ends whatever `on_bad_sample` is.
     """
     name = _name(source)
     try:
@@ -145,7 +146,7 @@ def open_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Im
                     "too large a picture",
                 )
             return _rgb(picture)
-    except PictureError:
+    except (PictureError, ConnectionError):
         raise
     except shards.ShardError as error:
         raise PictureError(f"{name}: {error}", error.kind) from None

@@ -4,13 +4,14 @@
 
 `data.images=shards/`, or `data.images=s3://bucket/shards` once they are copied there, then stands for the folder in every script. The
 shards are plain tar files in WebDataset's layout, a picture a member under its path below the folder; `index.arrow` has each
-picture's shard, offset, size and CRC-32. So a picture is one ranged read: of a file, or by fsspec of whatever it knows (for `s3://`
-install s3fs, for `gs://` gcsfs; rights and options are theirs and fsspec's own configuration's).
+picture's shard, offset, size and CRC-32. So a picture is one ranged read: of a file, or through fsspec of a URL (`s3://` needs the package
+s3fs, `gs://` gcsfs; rights and options are said as these want it).
 
-Why not as a stream: WebDataset reads a shard from end to end and shuffles what is in a buffer, and litdata deals chunks of its own format
-to devices and workers. Either way the order hangs on how many there are. Here it stays a function of seed and epoch, grouped by length, and
-begins again at any step, since a picture is found by its name wherever it lies. The price is a request a picture, whose waiting more
-workers hide. Where a local disk holds the shards, copy them there: what is read at random is fetched whole by a cache, too.
+Why not as a stream: WebDataset reads a shard from its first picture to its last and shuffles what is in a buffer, and litdata deals
+chunks of a format of its own to devices and workers. So the order depends on how many of them there are. Here it stays a function of seed
+and epoch, grouped by length, and a run resumes at any step, for a picture is found by its name wherever it lies. The price is a request a
+picture; more workers hide the waiting. Reading at random touches every shard within a few steps, so a cache of whole shards would fetch
+them all first: where a local disk has the room, copy them there and train from it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 import pyarrow as pa
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress, TransferSpeedColumn, track
 
 INDEX = "index.arrow"
 SCHEMA = pa.schema(
@@ -138,10 +139,12 @@ class Shards:
             facts = json.loads((self.table.schema.metadata or {})[b"facts"])
             if not self.table.schema.equals(SCHEMA):
                 raise ValueError(f"its columns are {self.table.schema.names}")
-            self._names, *self._columns = (column.chunk(0) for column in self.table.columns)
+            self._names, *columns = (column.chunk(0) for column in self.table.columns)
+            self._columns, self.packed = [column.to_numpy() for column in columns], facts["sizes"]
+            if not 0 <= self._columns[0].min() <= self._columns[0].max() < len(self.packed):
+                raise ValueError(f"it names other shards than its {len(self.packed)}")
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
             raise ValueError(f"{self.path} is no index of shards, or damaged: {error}") from None
-        self._columns, self.packed = [column.to_numpy() for column in self._columns], facts["sizes"]
         return facts
 
     def _row(self, name: str) -> int:
@@ -178,8 +181,9 @@ def read(path: str) -> bytes | None:
     connection is taken over from another process.
 
     Raises:
-        ShardError: the shard cannot be fetched, ends before, or has other bytes there than were packed.
-        OSError: the shard is missing, or the system cannot read it.
+        ShardError: the shard ends before, or has other bytes there than were packed.
+        ConnectionError: it cannot be fetched, which is no fault of the picture.
+        OSError: it is missing, or the system cannot read it.
     """
     if not path.startswith("shard:") or not (found := PATH.fullmatch(path)):
         return None
@@ -214,7 +218,7 @@ def _asked(url: str, ask: Callable[[Any, str], Any]) -> Any:
 
     Raises:
         FileNotFoundError: at once.
-        ShardError: the last failure.
+        ConnectionError: the last failure.
     """
     folder, _, file = url.rpartition("/")
     store, root = _store(folder, os.getpid())
@@ -225,8 +229,8 @@ def _asked(url: str, ask: Callable[[Any, str], Any]) -> Any:
             raise
         except Exception as error:  # each store has its own
             if pause is None:
-                told = f"{url} cannot be fetched, tried {len(PAUSES) + 1} times ({type(error).__name__}: {error})"
-                raise ShardError(told, "shard not fetched") from None
+                told = f"{url} cannot be fetched, tried {len(PAUSES) + 1} times: {error} ({type(error).__name__})"
+                raise ConnectionError(told) from None
             time.sleep(pause)
     raise AssertionError
 
@@ -252,7 +256,9 @@ def _fetched(location: str, cache: Path) -> Path:
         facts = _asked(url, lambda store, path: store.info(path))
     except FileNotFoundError:
         cure = "python -m mvlm.data.shards packs a folder; copy what it makes there"
-        raise ValueError(f"there is no {url}: pictures are read from a URL as shards alone. {cure}") from None
+        raise ValueError(
+            f"there is no {url}, or no answer: pictures are read from a URL as shards alone. {cure}"
+        ) from None
     except ImportError as error:
         raise ValueError(f"{url} cannot be fetched: {error}") from None
     told = json.dumps([location, facts], sort_keys=True, default=str)
@@ -320,7 +326,8 @@ def pack(files: Iterable[tuple[str, str | Path]], out: Path, shard_mb: int = 512
         raise ValueError(f"{out} is there already: name another folder with out=, or remove it")
     if shard_mb < 1:
         raise ValueError(f"a shard has at least 1 MB, not {shard_mb}")
-    found = sorted((_checked(name, path) for name, path in files), key=lambda file: os.fsencode(file.name))
+    looked_at = (_checked(name, path) for name, path in track(files, "finding files", transient=True))
+    found = sorted(looked_at, key=lambda file: os.fsencode(file.name))
     if twice := [name for name, count in Counter(file.name for file in found).items() if count > 1]:
         raise ValueError(f"{len(twice)} names stand twice among the files, {twice[0]!r} first: each can be packed once")
     if not found:
@@ -332,14 +339,7 @@ def pack(files: Iterable[tuple[str, str | Path]], out: Path, shard_mb: int = 512
         if old.name not in wanted:
             old.unlink()
     _check_room(aside, found)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*Progress.get_default_columns(), TransferSpeedColumn(), transient=True) as progress:
         task = progress.add_task("", total=sum(file.size for file in found))
         for number, some in enumerate(plan):
             shard = aside / f"{number:06}.tar"
@@ -363,12 +363,7 @@ def pack(files: Iterable[tuple[str, str | Path]], out: Path, shard_mb: int = 512
 
 
 def _checked(name: str, path: str | Path) -> File:
-    if (
-        not name
-        or os.path.isabs(name)
-        or name != os.path.normpath(name)
-        or name.split(os.sep)[0] in (os.curdir, os.pardir)
-    ):
+    if os.path.isabs(name) or name != os.path.normpath(name) or name.split(os.sep)[0] in (os.curdir, os.pardir):
         raise ValueError(f"{name!r} is no plain path below the folder, so it cannot be packed")
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
@@ -447,10 +442,11 @@ def main(arguments: list[str]) -> None:
                 raise ValueError(f"there is no key {key!r}{meant} (there are: {', '.join(options)})")
             options[key] = value
         images, out = Path(options["images"]), Path(options["out"])
-        if not options["images"] or not options["out"] or is_url(options["out"]) or not images.is_dir():
+        if not options["images"] or not images.is_dir():
+            raise ValueError(f"images={options['images']} is no folder")
+        if not options["out"] or is_url(options["out"]):
             raise ValueError(
-                f"images={options['images']} must be a folder of pictures, and out={options['out']} a new one on this machine; copy "
-                "it to an object store afterwards"
+                f"out={options['out']} must be a new folder on this machine; copy it to a store afterwards"
             )
         if out.resolve().is_relative_to(images.resolve()):
             raise ValueError(f"out={out} lies in images={images}, so the shards would be packed, too")
@@ -460,9 +456,8 @@ def main(arguments: list[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     kept = f", {told['kept']} of them from an earlier attempt" if told["kept"] else ""
-    print(
-        f"{told['pictures']:,} files in {told['shards']:,} shards{kept}, {told['bytes'] / 1e9:.2f} GB: data.images={out}"
-    )
+    size = f"{told['bytes'] / 1e9:.2f} GB"
+    print(f"{told['pictures']:,} files in {told['shards']:,} shards{kept}, {size}: data.images={out}")
 
 
 if __name__ == "__main__":
