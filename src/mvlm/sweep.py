@@ -261,14 +261,16 @@ def fits(cfg: DictConfig, made: Plan, world: int, jobs: int) -> None:
     """
     import torch
 
+    from mvlm import engine
     from mvlm.plan import states
 
     on_gpu = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
     kind, there = (
         ("GPU", torch.cuda.get_device_properties(0).total_memory) if on_gpu else ("machine", physical_memory())
     )
-    split = {"stage_1": 1, "stage_2": 2, "stage_3": 3, "fsdp": 3}
-    zero = next((stage for word, stage in split.items() if word in str(cfg.trainer.strategy)), 0)
+    split = {"zero2": 2, "zero3": 3, "fsdp2": 3, "auto": 3}  # auto takes FSDP2 where nothing else fits
+    named = engine.name(OmegaConf.to_container(cfg.trainer, resolve=True)["strategy"])
+    zero = split.get(named, 0) if world > 1 else 0
     if on_gpu and jobs > 1 and world > 1:
         raise ValueError(
             f"{jobs} cells at a time get one GPU each, and trainer.devices={cfg.trainer.devices} wants {world}: trainer.devices=1"
@@ -282,7 +284,7 @@ def fits(cfg: DictConfig, made: Plan, world: int, jobs: int) -> None:
             raise ValueError(
                 f"{name} needs about {needed / 2**30:.1f} GiB (weights, gradients and optimizer {held / 2**30:.1f}, a micro-batch of "
                 f"{stage.micro_batch} {work / 2**30:.1f}{'' if on_gpu else f', {jobs * world} processes at a time'}) and this {kind} has "
-                f"{there / 2**30:.1f}: more devices with trainer.strategy=deepspeed_stage_3, fewer cells at a time, "
+                f"{there / 2**30:.1f}: more devices with trainer=fsdp, fewer cells at a time, "
                 f"or a smaller recipe.{name}.micro_batch"
             )
 

@@ -161,11 +161,14 @@ class Stage(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """By the norm over all devices' pieces; a step that diverged is found here, before it changes a weight. Lightning refuses a fused
-        AdamW here, as its own unscaling would come too late; without scaling it need not. DeepSpeed clips by itself."""
+        AdamW here, as its own unscaling would come too late; without scaling it need not. DeepSpeed, which comes here after each
+        micro-batch, clips by itself."""
+        if self._deepspeed:
+            return
         self._mean, self._sum, norm = self._over_devices(self._sum), 0.0, 0.0
-        if not (self._deepspeed or self._fused):
+        if not self._fused:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif not self._deepspeed:
+        else:
             learning = [p for g in self.groups for p in g["params"]]
             norm = float(torch.nn.utils.clip_grad_norm_(learning, gradient_clip_val or math.inf))
         if reason := self._diverged(self._mean, norm):
@@ -245,6 +248,13 @@ class Stage(L.LightningModule):
     def on_train_batch_end(self, outputs, batch: Batch, index: int) -> None:
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
+        if self._deepspeed:  # has taken the step already
+            self._mean, self._sum, self._ids = self._over_devices(self._sum), 0.0, []
+            if not math.isfinite(self._mean):
+                raise ValueError(
+                    f"{self.name}, step {self.global_step}: its loss is {self._mean:g}. Lower the rates, or take trainer=fsdp, under which "
+                    "such a step is found before it is taken"
+                )
         step, mean = self.global_step, self._mean
         entry = {"step": step, "loss": mean}
         self.log(f"{self.name}/loss", mean, prog_bar=True, rank_zero_only=True)
