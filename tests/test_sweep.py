@@ -157,6 +157,8 @@ if does == "0.3":
     time.sleep(60)
 if does == "0.4":
     sys.exit(0)
+if does == "0.5":
+    sys.exit(75)
 (folder,) = [p for p in Path(said["runs"]).iterdir() if p.is_dir()]
 (folder / "config.yaml").write_text("seed: 0")
 for stage in ("pretrain", "finetune"):
@@ -186,6 +188,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("0.0", "done", None),
         ("0.1", "failed", "error: the data are gone"),
         ("0.2", "killed", "by SIGKILL"),
+        ("0.5", "killed", "told to stop; it goes on when it is started again"),
         ("0.4", "failed", "ended without an error and without its scores"),
     ],
 )

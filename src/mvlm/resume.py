@@ -29,16 +29,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mvlm.run import file_hash, write_json
+from mvlm.run import REQUEUE, file_hash, write_json
 
 KEPT = 2
 """Checkpoints of a stage that are kept: the newest, and one before it in case the newest is torn."""
 
 ENGINES = ("plain", "ddp")
 """Engines under which a stage is kept in its middle; under the others its weights lie in pieces, and a killed stage begins anew."""
-
-REQUEUE = 75
-"""Exit code of a process that was told to stop (SIGTERM, SIGUSR1), has saved itself and can be started again: EX_TEMPFAIL of sysexits.h."""
 
 log = logging.getLogger(__name__)
 

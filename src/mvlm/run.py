@@ -58,6 +58,9 @@ MACHINE_KEYS = (
     "hydra",
 )
 """Keys that say where and how fast, not what: a run folder may be continued with others."""
+REQUEUE = 75
+"""Exit code of a process that was told to stop (SIGTERM, SIGUSR1), has saved itself and can be started again: EX_TEMPFAIL of sysexits.h."""
+
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightning", "torchmetrics", "hydra-core", "wandb")
 
 

@@ -46,7 +46,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mvlm.cli import CONF, ROOT, check_overrides, nearest
-from mvlm.run import Run, cell_name, write_json
+from mvlm.run import REQUEUE, Run, cell_name, write_json
 from mvlm.trust import read_json
 
 if TYPE_CHECKING:
@@ -353,6 +353,8 @@ def train(cfg: DictConfig) -> str:
             )
         if code < 0:
             error = f"by {signal.Signals(-code).name}"
+        elif code == REQUEUE:
+            error = "told to stop; it goes on when it is started again"
         elif code > 0:
             state, error = "failed", log.last_line() or f"exit code {code}"
         elif cell.finished():
