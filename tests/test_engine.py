@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch.distributed.tensor import DTensor
 
-from mvlm import build, engine, fit
+from mvlm import build, engine, fit, resume
 from mvlm.data.collate import collate
 from mvlm.engine import Load
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
@@ -131,7 +131,7 @@ def train(folder: Path, *words: str) -> dict[str, Any]:
         patch.setattr(Stage, "training_step", recorded_step)
         patch.setattr(Stage, "configure_gradient_clipping", recorded_clip)
         patch.setattr(Stage, "on_train_batch_end", recorded_end)
-        for stage in [stage for stage in build.STAGES if data[stage]]:
+        for stage in [stage for stage in build.STAGES if data[stage] and not run.finished(stage)]:
             fit.stage(cfg, run, stage, model, data, files, text)
     told["facts"] = {s: json.loads((run.folder / s / "stage.json").read_text()) for s in told["ids"]}
     return told
@@ -513,3 +513,41 @@ def test_two_nodes_train_as_one_process(one_and_two) -> None:
     for stage, facts in one["facts"].items():
         for process in pair:
             compare(process["facts"][stage], facts)
+
+
+# ------------------------------------------------------------------------------------------- devices that come and go
+
+
+def test_a_killed_stage_goes_on_with_fewer_devices(cells, nano_cache: Path, monkeypatch) -> None:
+    """Two processes of DDP die in the third step; one goes on, with twice the micro-batches a step: the samples of every step are those of
+    one process from the beginning, and losses as equal as sums over other numbers of processes round."""
+    monkeypatch.setenv("MVLM_CACHE", str(nano_cache))
+    folder, told = cells
+    words = ["checkpoint_every=1"]
+
+    def dying(rank: int) -> Any:
+        real = Stage.training_step
+
+        def training_step(self: Stage, batch: Any, index: int) -> Any:
+            if self.name == "finetune" and self.global_step == 2:
+                raise RuntimeError("killed on purpose")
+            return real(self, batch, index)
+
+        Stage.training_step = training_step  # in a fork of its own
+        return train(folder / "changed" / "both", *words, "trainer=ddp", *ON_TWO)
+
+    with pytest.raises(RuntimeError, match="killed on purpose"):
+        together(folder, 2, dying)
+    assert [p.name for p in resume.checkpoints(folder / "changed" / "both" / "finetune")] == ["step-2", "step-1"]
+    (rest,) = together(folder, 1, lambda rank: train(folder / "changed" / "both", *words))
+    whole = told["plain"][0]["both"]
+    assert set(rest["ids"]) == {"finetune"}, "the first stage was finished"
+    micro_batches = len(whole["ids"]["finetune"]) // len(whole["facts"]["finetune"]["history"])
+    assert micro_batches == 2 and rest["ids"]["finetune"] == whole["ids"]["finetune"][2 * micro_batches :]
+    compare(rest["facts"]["finetune"], whole["facts"]["finetune"])
+    assert (
+        apart(
+            *(folder / kind / "both" / "finetune" for kind in ("changed", "plain")), folder / "plain" / "both" / "start"
+        )
+        < 0.01
+    )

@@ -222,8 +222,10 @@ class Stage(L.LightningModule):
         self._before = self._before or self._fingerprints()
 
     def _fingerprints(self) -> dict[str, int]:
-        """Of all devices' pieces."""
+        """Of all devices' pieces; of the whole where there are none."""
         here = fingerprints(self.model)
+        if not (self._deepspeed or isinstance(self.model, FSDPModule)):
+            return here  # each device has all, and a checkpoint may be gone on from by another number of them
         return dict(zip(here, self._over_devices(list(here.values())), strict=True))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
