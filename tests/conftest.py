@@ -59,6 +59,28 @@ def configure(nano_cache: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
+def finetuned(configure):
+    """`finetuned(runs, "cell=a", ...)`: the nano model's second stage alone, with dropout in its adapters; its folder in that run."""
+    import lightning as L
+
+    from mvlm import build, fit
+    from mvlm.run import Run
+
+    def train(runs: Path, *words: str) -> Path:
+        cfg = configure(
+            "model=nano", "strategy=lora", "trainer=cpu", "trainer.precision=32-true", f"runs={runs}", *words
+        )
+        L.seed_everything(0, verbose=False)
+        run, files, text = Run.open(cfg), build.corpus(cfg), build.tokenizer(cfg)
+        model = build.model(cfg)
+        data = {"pretrain": None, "finetune": build.mixture(cfg, "finetune", files, text, model.image_tokens)}
+        fit.stage(cfg, run, "finetune", model, data, files, text)
+        return run.folder / "finetune"
+
+    return train
+
+
+@pytest.fixture
 def scored(configure, tmp_path: Path):
     """`scored("a", right)`: a run folder with stored answers, scored without a model.
 

@@ -7,7 +7,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from PIL import Image
@@ -15,30 +14,25 @@ from PIL import Image
 from mvlm import build, fit
 from mvlm.benchmark.metric import BenchmarkMetric
 from mvlm.data.datamodule import Skips
-from mvlm.run import Run
 
 
-def train(configure, folder: Path, *words: str) -> tuple[list[dict], list[dict[str, str]]]:
-    """The second stage alone, with dropout in its adapters: the history and the rows of metrics.csv."""
-    cell = f"c{len(list(folder.iterdir()))}"
-    cfg = configure(
-        "model=nano", "strategy=lora", "trainer=cpu", "trainer.precision=32-true", f"runs={folder}", f"cell={cell}", *words
-    )  # fmt: skip
-    L.seed_everything(0, verbose=False)
-    run, files, text = Run.open(cfg), build.corpus(cfg), build.tokenizer(cfg)
-    model = build.model(cfg)
-    data = {"pretrain": None, "finetune": build.mixture(cfg, "finetune", files, text, model.image_tokens)}
-    fit.stage(cfg, run, "finetune", model, data, files, text)
+@pytest.fixture
+def train(finetuned):
+    """`train(runs, "val_every=2")`: the history and the rows of metrics.csv of a training into a run folder of its own."""
 
-    history = json.loads((run.folder / "finetune" / "stage.json").read_text())["history"]
-    with (run.folder / "finetune" / "metrics.csv").open() as file:
-        return history, list(csv.DictReader(file))
+    def trained(runs: Path, *words: str) -> tuple[list[dict], list[dict[str, str]]]:
+        folder = finetuned(runs, f"cell=c{len(list(runs.iterdir()))}", *words)
+        history = json.loads((folder / "stage.json").read_text())["history"]
+        with (folder / "metrics.csv").open() as file:
+            return history, list(csv.DictReader(file))
+
+    return trained
 
 
-def test_validation_is_logged_and_changes_no_loss(configure, tmp_path: Path) -> None:
+def test_validation_is_logged_and_changes_no_loss(train, tmp_path: Path) -> None:
     """Bit for bit, on one thread: a draw by lot, a mode or a gradient left changed would show in the dropout or in the weights."""
-    plain, _ = train(configure, tmp_path)
-    watched, rows = train(configure, tmp_path, "val_every=2", "val_items=4")
+    plain, _ = train(tmp_path)
+    watched, rows = train(tmp_path, "val_every=2", "val_items=4")
     assert watched == plain and len(plain) == 5
     told = [row for row in rows if row.get("val/avg")]
     assert [int(row["step"]) + 1 for row in told] == [2, 4], "once a step, not a micro-batch"
@@ -48,8 +42,8 @@ def test_validation_is_logged_and_changes_no_loss(configure, tmp_path: Path) -> 
         assert all(float(row[f"val/{name}_items"]) >= 4 for name in six)
 
 
-def test_no_average_without_all_six(configure, tmp_path: Path) -> None:
-    _, rows = train(configure, tmp_path, "val_every=5", "val_items=3", "benchmark=[pope,gqa]")
+def test_no_average_without_all_six(train, tmp_path: Path) -> None:
+    _, rows = train(tmp_path, "val_every=5", "val_items=3", "benchmark=[pope,gqa]")
     told = [row for row in rows if row.get("val/pope")]
     assert told and all(row["val/gqa_items"] and "val/avg" not in row for row in told)
 
@@ -83,7 +77,7 @@ def test_the_bar_fills_no_log_file(monkeypatch, terminal: bool, every: int) -> N
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_bad_samples_are_skipped_by_policy(configure, tmp_path: Path, monkeypatch, cached: bool) -> None:
+def test_bad_samples_are_skipped_by_policy(train, tmp_path: Path, monkeypatch, cached: bool) -> None:
     """A torn and a missing picture among 20, one sample a step: by `skip` the steps are as planned, stage.json says what was left out,
     and the loss is of the others; by `stop` nothing begins that cannot end; above the limit the run stops."""
     names = [f"{k}.png" for k in range(18)] + ["torn.png", "gone.png"]
@@ -99,14 +93,14 @@ def test_bad_samples_are_skipped_by_policy(configure, tmp_path: Path, monkeypatc
     )  # fmt: skip
     (tmp_path / "runs").mkdir()
     with pytest.raises(ValueError, match=r"record 19 \(id 19\): picture .*gone\.png is missing"):
-        train(configure, tmp_path / "runs", *words)
+        train(tmp_path / "runs", *words)
     with pytest.raises(
         ValueError,
         match=r"[12] of 20 samples are bad, more than 0\.02, the limit \(0\.1%\): .*pets.* 1 missing picture",
     ):
-        train(configure, tmp_path / "runs", *words, "on_bad_sample=skip")
+        train(tmp_path / "runs", *words, "on_bad_sample=skip")
     monkeypatch.setattr(fit, "Skips", partial(Skips, limit=0.2))
-    history, _ = train(configure, tmp_path / "runs", *words, "on_bad_sample=skip")
+    history, _ = train(tmp_path / "runs", *words, "on_bad_sample=skip")
     (facts,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/finetune/stage.json"))
     told = facts["skipped"]
     assert told["counts"] == {next(iter(facts["samples"])): {"missing picture": 1, "not a picture": 1}}
@@ -116,10 +110,10 @@ def test_bad_samples_are_skipped_by_policy(configure, tmp_path: Path, monkeypatc
     records[19]["image"] = "0.png"
     (tmp_path / "pets.json").write_text(json.dumps(records))
     with pytest.raises(ValueError, match=r"record 18 \(id 18\): .*torn\.png: this is not a picture"):
-        train(configure, tmp_path / "runs", *words)
+        train(tmp_path / "runs", *words)
 
 
-def test_layers_computed_again_change_no_loss(configure, tmp_path: Path, monkeypatch) -> None:
+def test_layers_computed_again_change_no_loss(train, tmp_path: Path, monkeypatch) -> None:
     """Bit for bit with dropout in the adapters; and that they are computed twice is counted."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -127,7 +121,7 @@ def test_layers_computed_again_change_no_loss(configure, tmp_path: Path, monkeyp
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(torch.is_grad_enabled()) or real(self, x))
     counts, histories = [], []
     for word in ("false", "true"):
-        histories.append(train(configure, tmp_path, f"checkpointing={word}")[0])
+        histories.append(train(tmp_path, f"checkpointing={word}")[0])
         counts.append(sum(calls))
         calls.clear()
     assert histories[0] == histories[1]

@@ -16,9 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mvlm import build, fit, resume
+from mvlm import resume
 from mvlm.replay import replay
-from mvlm.run import Run
 from mvlm.strategy.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,17 +27,10 @@ class Killed(BaseException):
     """As sudden as a kill: no handler of errors sees it."""
 
 
-def train(configure, folder: Path, *words: str) -> Path:
-    """The second stage alone, with dropout in its adapters, into one run folder; what is there is gone on from."""
-    cfg = configure(
-        "model=nano", "strategy=lora", "trainer=cpu", "trainer.precision=32-true", f"runs={folder}", "cell=c", "checkpoint_every=1", *words
-    )  # fmt: skip
-    L.seed_everything(0, verbose=False)
-    run, files, text = Run.open(cfg), build.corpus(cfg), build.tokenizer(cfg)
-    model = build.model(cfg)
-    data = {"pretrain": None, "finetune": build.mixture(cfg, "finetune", files, text, model.image_tokens)}
-    fit.stage(cfg, run, "finetune", model, data, files, text)
-    return run.folder / "finetune"
+@pytest.fixture
+def train(finetuned):
+    """`train(runs)`: into one run folder; what is there is gone on from."""
+    return lambda runs, *words: finetuned(runs, "cell=c", "checkpoint_every=1", *words)
 
 
 @pytest.fixture
@@ -71,11 +63,11 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def whole(configure, dies, tmp_path_factory, made={}):  # noqa: B006  once for all tests
+def whole(train, dies, tmp_path_factory, made={}):  # noqa: B006  once for all tests
     """An uninterrupted training's folder."""
     if not made:
         dies(None, made.setdefault("seen", []))
-        made["folder"] = train(configure, tmp_path_factory.mktemp("whole"))
+        made["folder"] = train(tmp_path_factory.mktemp("whole"))
     dies.seen = made["seen"]
     return made["folder"]
 
@@ -86,14 +78,14 @@ def told(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("at", [0, 3, 5, 8])
-def test_killed_at_a_micro_batch(configure, dies, whole, tmp_path, at) -> None:
+def test_killed_at_a_micro_batch(train, dies, whole, tmp_path, at) -> None:
     """5 steps of 2 micro-batches: killed before anything, in the middle of a step's sum, between steps, in the last step."""
     first, second = [], []
     dies(at, first)
     with pytest.raises(Killed):
-        train(configure, tmp_path)
+        train(tmp_path)
     dies(None, second)
-    folder = train(configure, tmp_path)
+    folder = train(tmp_path)
     assert told(folder) == told(whole)
     assert weights(folder) == weights(whole) and weights(whole)
     assert rows(folder) == rows(whole)
@@ -103,22 +95,22 @@ def test_killed_at_a_micro_batch(configure, dies, whole, tmp_path, at) -> None:
     assert resume.checkpoints(folder) == [], "a finished stage keeps none"
 
 
-def test_the_newest_whole_one_is_taken(configure, dies, whole, tmp_path, caplog) -> None:
+def test_the_newest_whole_one_is_taken(train, dies, whole, tmp_path, caplog) -> None:
     """The last checkpoint loses a byte: it is told, and the one before it gives the same weights in the end."""
     dies(6)
     with pytest.raises(Killed):
-        train(configure, tmp_path)
+        train(tmp_path)
     last, before = resume.checkpoints(tmp_path / "c" / "finetune")
     assert (last.name, before.name) == ("step-3", "step-2"), "older ones are pruned"
     file = last / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     dies(None)
-    folder = train(configure, tmp_path)
+    folder = train(tmp_path)
     assert "step-3 is left out: its tensors are not those that were written" in caplog.text
     assert weights(folder) == weights(whole)
 
 
-def test_told_to_stop(configure, monkeypatch, whole, tmp_path) -> None:
+def test_told_to_stop(train, monkeypatch, whole, tmp_path) -> None:
     """A signal in a step: the step is ended, all is saved, and the exit code asks to be started again."""
     real = Stage.training_step
 
@@ -130,13 +122,13 @@ def test_told_to_stop(configure, monkeypatch, whole, tmp_path) -> None:
     handler = signal.getsignal(signal.SIGUSR1)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
         patched.setattr(Stage, "training_step", training_step)
-        train(configure, tmp_path, "checkpoint_every=null")
+        train(tmp_path, "checkpoint_every=null")
     assert ended.value.code == resume.REQUEUE == 75 and signal.getsignal(signal.SIGUSR1) == handler
     assert [p.name for p in resume.checkpoints(tmp_path / "c" / "finetune")] == ["step-3"]
-    assert weights(train(configure, tmp_path)) == weights(whole)
+    assert weights(train(tmp_path)) == weights(whole)
 
 
-def test_a_full_disk_leaves_the_one_before(configure, dies, monkeypatch, whole, tmp_path) -> None:
+def test_a_full_disk_leaves_the_one_before(train, dies, monkeypatch, whole, tmp_path) -> None:
     real, count = resume.save_file, iter(range(10))
 
     def full(tensors, path):
@@ -150,10 +142,10 @@ def test_a_full_disk_leaves_the_one_before(configure, dies, monkeypatch, whole, 
         pytest.raises(OSError, match=r"step-3 could not be written .*No space left.* GB are free there"),
     ):
         patched.setattr(resume, "save_file", full)
-        train(configure, tmp_path)
+        train(tmp_path)
     folder = tmp_path / "c" / "finetune"
     assert [p.name for p in resume.checkpoints(folder)] == ["step-2", "step-1"] and not list(folder.glob("*.part"))
-    assert weights(train(configure, tmp_path)) == weights(whole)
+    assert weights(train(tmp_path)) == weights(whole)
 
 
 def test_a_checkpoint_is_tensors_and_json(tmp_path) -> None:
@@ -275,13 +267,13 @@ def poisoned(stage: Stage, loss):
     return loss + (next(p for g in stage.groups for p in g["params"]).sum() * 0).sqrt()
 
 
-def test_a_gradient_that_is_no_number_stops_before_any_weight_changes(configure, monkeypatch, tmp_path) -> None:
+def test_a_gradient_that_is_no_number_stops_before_any_weight_changes(train, monkeypatch, tmp_path) -> None:
     diverges(monkeypatch, {2}, poisoned)
     with pytest.raises(
         ValueError,
         match=r"finetune, step 3 diverged: its loss is [\d.]+ and the norm of its gradient nan.*doctor.py replay=",
     ):
-        train(configure, tmp_path)
+        train(tmp_path)
     folder = tmp_path / "c" / "finetune"
     replayed = json.loads((folder / "diverged-3.json").read_text())
     assert len(replayed["ids"]) > 1 and [one["step"] for one in replayed["losses"]] == [1, 2]
@@ -298,19 +290,19 @@ def test_a_gradient_that_is_no_number_stops_before_any_weight_changes(configure,
         replay(folder / "diverged-3.json")
 
 
-def test_such_a_step_is_skipped_by_policy(configure, monkeypatch, tmp_path) -> None:
+def test_such_a_step_is_skipped_by_policy(train, monkeypatch, tmp_path) -> None:
     """Only that one: it has no effect on a weight, the others have theirs, and the record counts it."""
     diverges(monkeypatch, {2}, poisoned)
-    folder = train(configure, tmp_path, "on_divergence=skip")
+    folder = train(tmp_path, "on_divergence=skip")
     facts = json.loads((folder / "stage.json").read_text())
     assert [one["step"] for one in facts["skipped_steps"]] == [3] and len(facts["history"]) == 5
     assert all(t.isfinite().all() for file in folder.glob("*.safetensors") for t in load_file(file).values())
 
 
-def test_skipping_has_an_end(configure, monkeypatch, tmp_path) -> None:
+def test_skipping_has_an_end(train, monkeypatch, tmp_path) -> None:
     diverges(monkeypatch, {-1}, poisoned)
     with pytest.raises(ValueError, match=r"step 5 diverged.*5 in a row are too many"):
-        train(configure, tmp_path, "on_divergence=skip")
+        train(tmp_path, "on_divergence=skip")
 
 
 def test_a_spike_is_far_above_the_middle_of_many(configure) -> None:

@@ -9,11 +9,10 @@ zero3   DeepSpeed: a piece of the weights, too
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +24,9 @@ from torch import Tensor
 from mvlm import build
 from mvlm.data.mixture import Mixture
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.plan import activations, states
+from mvlm.plan import activations, meta_model, physical_memory, states
 from mvlm.strategy import lora
 from mvlm.strategy.parameters import freeze_and_group
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraModel
 
 MARGIN = 0.9
 """Share of a device's memory that a plan may fill. The rest is for what it leaves out: activations of tower and projector, layers that are
@@ -91,20 +87,17 @@ def chosen(cfg: DictConfig, stage: str, mixture: Mixture, world: int) -> tuple[s
         check_deepspeed()
     if cfg.checkpointing not in (True, False, "auto"):
         raise ValueError(f"checkpointing is true, false or auto, not {cfg.checkpointing!r}")
+    told = f"{stage}: {engine} on {world} devices, as trainer.strategy says"
     again = (False, True) if cfg.checkpointing == "auto" else (cfg.checkpointing,)
     gpu = on_gpu(cfg.trainer.accelerator)
     if engine == "auto" and world == 1 and not gpu:  # its memory may swap, and nobody else wants it
         return "plain", f"{stage}: plain, on one processor", again[0]
     if engine != "auto" and not gpu:
-        return engine, f"{stage}: {engine} on {world} devices, as trainer.strategy says", again[0]
+        return engine, told, again[0]
     memory, needs = device_memory(cfg.trainer.accelerator, world // cfg.trainer.num_nodes), load(cfg, stage, mixture)
     if engine != "auto":
         fits = needs.states(world, "fsdp2" if engine in SHARDED else "ddp") + needs.activations <= MARGIN * memory
-        return (
-            engine,
-            f"{stage}: {engine} on {world} devices, as trainer.strategy says",
-            again[0] if fits else again[-1],
-        )
+        return engine, told, again[0] if fits else again[-1]
     return pick(stage, needs, world, memory, again)
 
 
@@ -129,20 +122,14 @@ def device_memory(accelerator: str, here: int) -> int:
     """Bytes that each of `here` devices of this machine has: of the smallest GPU, or its share of the machine's."""
     if on_gpu(accelerator):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
-
-
-def without_values(cfg: DictConfig, stage: str) -> tuple[MobileVLM, LoraModel | None]:
-    """The model as a stage trains it, on torch's meta device, and its adapters if it has some."""
-    with torch.device("meta"):
-        model = build.model(cfg)
-        settings = cfg.strategy[stage].get("lora")
-        return model, lora.attach(model.language, **settings) if settings else None
+    return physical_memory() // here
 
 
 def in_one_piece(cfg: DictConfig, stage: str, weights: Mapping[str, Tensor]) -> MobileVLM:
     """The model after a stage of an engine that cut it up, adapters merged; it takes over what `mvlm.strategy.sharding.whole` gave."""
-    model, adapters = without_values(cfg, stage)
+    model, settings = meta_model(cfg.model.module), cfg.strategy[stage].get("lora")
+    with torch.device("meta"):
+        adapters = lora.attach(model.language, **settings) if settings else None
     model.load_state_dict(weights, assign=True)
     if adapters is not None:
         model.language = adapters.merge_and_unload()
@@ -151,7 +138,7 @@ def in_one_piece(cfg: DictConfig, stage: str, weights: Mapping[str, Tensor]) -> 
 
 def load(cfg: DictConfig, stage: str, mixture: Mixture) -> Load:
     """What a stage trains, from a model without values, and its longest micro-batch: of the dialogues with the most words, in tokens."""
-    model, _ = without_values(cfg, stage)
+    model = meta_model(cfg.model.module, cfg.strategy[stage].get("lora"))
     groups = freeze_and_group(model, OmegaConf.to_container(cfg.strategy[stage].rates, resolve=True))
     learning = sum(p.numel() for group in groups for p in group["params"])
     size = cfg.recipe[stage].micro_batch

@@ -147,6 +147,16 @@ def validation(cfg: DictConfig, files: Corpus, engines: Collection[str] = ()) ->
     ]
 
 
+def begin(cfg: DictConfig, run: Run, name: str, model: MobileVLM) -> str | None:
+    """Fill a model with what a stage begins with: the stage before, which is returned, or where there is none its pretrained parts."""
+    before = next((s for s in build.STAGES[: build.STAGES.index(name)] if run.finished(s)), None)
+    if before:
+        load_checkpoint(model, run.folder / before)
+    else:
+        build.pretrained(model, cfg)
+    return before
+
+
 def stage(
     cfg: DictConfig,
     run: Run,
@@ -175,11 +185,7 @@ def stage(
         "strategy": engine.strategy(how, cfg.trainer.strategy, world),
     }
     autocast = build.autocast_type(trainer_arguments["precision"])
-    before = next((s for s in build.STAGES[: build.STAGES.index(name)] if run.finished(s)), None)
-    if before:
-        load_checkpoint(model, run.folder / before)
-    else:
-        build.pretrained(model, cfg)
+    before = begin(cfg, run, name, model)
 
     from_words = cfg.recipe.start == "words" and not before
     vision_rates = [r for s in cfg.strategy.values() for part, r in s.rates.items() if part.startswith("vision")]
@@ -192,18 +198,20 @@ def stage(
     kept = resume.newest(folder) if how in resume.ENGINES else None
     if from_words:
         start = folder / "start.json"
-        if not (kept and start.exists()):
+        if kept and start.exists():
+            facts["start"] = json.loads(start.read_text())
+        else:
             facts["start"] = start_from_words(model, data[name], files, words, autocast)
-            folder.mkdir(exist_ok=True)
-            write_json(start, facts["start"])
-        facts["start"] = json.loads(start.read_text())
+            if first_process():
+                folder.mkdir(exist_ok=True)
+                write_json(start, facts["start"])
     if in_pieces:  # a device without pictures runs the tower on a blank one, and the others must then run it, too
         for dataset in (d for m in data.values() if m for d in m.datasets):
             dataset.features = None
 
     if again:
         model.language.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
+    elif model.language.is_gradient_checkpointing:  # by the stage before
         model.language.gradient_checkpointing_disable()
     adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
     mixture, held_out = hold_out(data[name], HELD_OUT)
@@ -244,7 +252,7 @@ def stage(
     )
     projector_parameters = sum(p.numel() for p in model.projector.parameters())  # sharding leaves them without a size
     if kept:
-        rows.go_on(int(kept.name[5:]))
+        rows.go_on(resume.step_of(kept))
         if trainer.is_global_zero:
             Console().print(f"{name} goes on from {kept}")
     trainer.fit(module, loader, ckpt_path=kept)
@@ -361,7 +369,7 @@ def costs(run: Run) -> dict[str, float]:
     """What the finished stages cost: `image_tokens` of a picture, `projector_parameters`, and `<stage>/samples_per_second`."""
     told = {}
     for name in filter(run.finished, build.STAGES):
-        facts = json.loads((run.folder / name / "stage.json").read_text())
+        facts = run.stage_facts(name)
         told |= {key: facts[key] for key in ("image_tokens", "projector_parameters") if key in facts}
         told[f"{name}/samples_per_second"] = facts["samples_per_second"]
     return told

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -98,6 +99,11 @@ class Plan:
     outside: dict[str, int]
     """Parameters of those parts that lie in no layer: embeddings, head, projector."""
     stages: dict[str, StagePlan]
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def meta_model(module: Any, lora: Mapping[str, Any] | None = None) -> MobileVLM:

@@ -19,8 +19,7 @@ from mvlm import build, resume
 from mvlm.data.collate import collate
 from mvlm.data.datamodule import StepData
 from mvlm.data.held_out import hold_out
-from mvlm.fit import HELD_OUT
-from mvlm.model.checkpoint import load_checkpoint
+from mvlm.fit import HELD_OUT, begin
 from mvlm.run import Run, content
 from mvlm.strategy import lora
 
@@ -80,16 +79,12 @@ def replay(file: str | Path) -> list[tuple[str, str, int, float]]:
 
 def _nearest(cfg, run: Run, stage: str, step: int, model) -> str:
     """Fill the model with the newest whole checkpoint before the step, or with what the stage began with; says which."""
-    before = next((s for s in build.STAGES[: build.STAGES.index(stage)] if run.finished(s)), None)
-    if before:
-        load_checkpoint(model, run.folder / before)
-    else:
-        build.pretrained(model, cfg)
+    begin(cfg, run, stage, model)
     if settings := cfg.strategy[stage].get("lora"):
         lora.attach(model.language, **OmegaConf.to_container(settings))
     for path in resume.checkpoints(run.folder / stage):
-        if int(path.name[5:]) < step and not resume.torn(path):
+        if resume.step_of(path) < step and not resume.torn(path):
             state = resume.PlainCheckpoints(content(cfg)).load_checkpoint(path)["state_dict"]
             model.load_state_dict({name.removeprefix("model."): t for name, t in state.items()}, strict=False)
-            return f"the weights after step {path.name[5:]}"
+            return f"the weights after step {resume.step_of(path)}"
     return f"the weights that the stage began with, for no checkpoint before step {step} is left"

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mvlm.run import REQUEUE, file_hash, write_json
+from mvlm.run import REQUEUE, differences, file_hash, write_json
 
 KEPT = 2
 """Checkpoints of a stage that are kept: the newest, and one before it in case the newest is torn."""
@@ -92,10 +93,8 @@ class PlainCheckpoints(CheckpointIO):
         if fault := torn(path):
             raise ValueError(f"{path} cannot be gone on from: {fault}")
         told = json.loads((path / "state.json").read_text())
-        there, here = told["config"], self.config
-        if differs := sorted(k for k in there | here if there.get(k) != here.get(k)):
-            lines = "\n".join(f"  {k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in differs[:20])
-            raise ValueError(f"{path} is of another configuration:\n{lines}")
+        if differs := differences(told["config"], self.config):
+            raise ValueError(f"{path} is of another configuration:\n" + "\n".join(differs[:20]))
         return _put_together(told["state"], load_file(path / "tensors.safetensors"))
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -141,7 +140,8 @@ def torn(path: Path) -> str:
     """What is wrong with a checkpoint's files; empty if they are whole."""
     try:
         told = json.loads((path / "state.json").read_text())
-        found = file_hash(path / "tensors.safetensors")
+        file = path / "tensors.safetensors"
+        found = _hash_of(file, (stat := file.stat()).st_size, stat.st_mtime_ns)
     except (OSError, ValueError) as error:
         return f"it is not whole ({error})"
     if not isinstance(told, dict) or told.get("sha256") != found:
@@ -149,10 +149,21 @@ def torn(path: Path) -> str:
     return ""
 
 
+@cache
+def _hash_of(file: Path, size: int, changed: int) -> str:
+    """A file's hash, computed once: whoever looks for the newest checkpoint loads it next, and it may have gigabytes."""
+    return file_hash(file)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that it has behind it."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Those of a stage, the newest first."""
-    found = [p for p in folder.glob("step-*") if p.name[5:].isdecimal()]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(folder: Path) -> Path | None:

@@ -103,6 +103,12 @@ def content(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flatten(plain).items() if k.split(".")[0] not in MACHINE_KEYS}
 
 
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What two flat configurations say otherwise, a line a key."""
+    keys = sorted(key for key in there | here if there.get(key) != here.get(key))
+    return [f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys]
+
+
 def overridden(hydra: DictConfig) -> list[str]:
     """The words of the command line that change the experiment beyond its axes and seed, sorted."""
     free = (*AXES, "seed", *MACHINE_KEYS)
@@ -184,9 +190,7 @@ class Run:
         """What the folder's configuration says otherwise than this one; nothing if it has none yet."""
         if not (self.folder / "config.yaml").exists():
             return []
-        old, new = content(self.config_dict()), content(cfg)
-        keys = sorted(k for k in old | new if old.get(k) != new.get(k))
-        return [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in keys]
+        return differences(content(self.config_dict()), content(cfg))
 
     def wait(self) -> None:
         """Until the first process has opened the folder.
@@ -274,6 +278,10 @@ class Run:
     def finished(self, stage: str) -> bool:
         """Whether a stage was trained to its end and saved."""
         return (self.folder / stage / "stage.json").exists()
+
+    def stage_facts(self, stage: str) -> dict[str, Any]:
+        """What a finished stage's stage.json says."""
+        return read_json(self.folder / stage / "stage.json")
 
     def last_stage(self) -> Path:
         """The folder of the model as it stands.

@@ -28,7 +28,6 @@ from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.page import CONTROLS, Shown, curve_figure, document, gallery, picture_of, score_table, spread, table
 from mvlm.run import Run, beside, manifest, write_json
-from mvlm.trust import read_json
 
 TITLES = {"gqa": "GQA", "sqa": "SQA-I", "textvqa": "VQA-T", "pope": "POPE", "mme": "MME-P", "mmbench": "MMB-dev"}
 """Column heads of the paper's tables."""
@@ -212,8 +211,7 @@ def publish(
     """
     questions = {benchmark.name: fingerprint(benchmark.questions()) for benchmark in found}
     results |= {"model": run.folder.name, "corpus": str(folder), **manifest(), "questions": questions}
-    stages = filter(run.finished, build.STAGES)
-    facts = {stage: json.loads((run.folder / stage / "stage.json").read_text()) for stage in stages}
+    facts = {stage: run.stage_facts(stage) for stage in filter(run.finished, build.STAGES)}
     results["skipped"] = {stage: told["skipped"] for stage, told in facts.items() if "skipped" in told}
     end = beside(results["protocol"])
     write_json(run.folder / f"results{end}.json", results)
@@ -349,11 +347,7 @@ def about(run: Run, results: dict[str, Any]) -> str:
 
 def page_of(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> str:
     """index.html: scores, curve, and the first pictures with up to three questions each."""
-    history = {
-        stage: read_json(run.folder / stage / "stage.json").get("history", [])
-        for stage in build.STAGES
-        if run.finished(stage)
-    }
+    history = {stage: run.stage_facts(stage).get("history", []) for stage in build.STAGES if run.finished(stage)}
     shown: list[Shown] = []
     for some in items.values():
         seen: Counter = Counter()

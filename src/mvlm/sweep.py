@@ -46,6 +46,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mvlm.cli import CONF, ROOT, check_overrides, nearest
+from mvlm.plan import physical_memory
 from mvlm.run import REQUEUE, Run, cell_name, write_json
 from mvlm.trust import read_json
 
@@ -264,7 +265,7 @@ def fits(cfg: DictConfig, made: Plan, world: int, jobs: int) -> None:
     from mvlm import engine
     from mvlm.plan import states
 
-    on_gpu = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
+    on_gpu = engine.on_gpu(cfg.trainer.accelerator)
     kind, there = (
         ("GPU", torch.cuda.get_device_properties(0).total_memory) if on_gpu else ("machine", physical_memory())
     )
@@ -287,11 +288,6 @@ def fits(cfg: DictConfig, made: Plan, world: int, jobs: int) -> None:
                 f"{there / 2**30:.1f}: more devices with trainer=fsdp, fewer cells at a time, "
                 f"or a smaller recipe.{name}.micro_batch"
             )
-
-
-def physical_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def pace(sweep: Sequence[Cell], made: Mapping[str, Plan]) -> tuple[float, str]:

@@ -29,11 +29,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from mvlm import build
 from mvlm.batch import IMAGE_TOKEN
-from mvlm.benchmark.answer import KeysAndValues, _generate
+from mvlm.benchmark.answer import _generate, read
 from mvlm.model.decode import Decoders
 from mvlm.model.mobilevlm import MobileVLM
 
@@ -50,17 +49,10 @@ def prompt(model: MobileVLM) -> tuple[list[int], Tensor]:
     return [1, *[IMAGE_TOKEN] * model.image_tokens, *text], tokens.to(words)
 
 
-def read_head(model: MobileVLM, head: list[int], tokens: Tensor) -> KeysAndValues:
-    """Keys and values of a prompt up to its picture, as the answer loop reads them once for all questions about it."""
-    embedded = model.embed(torch.tensor([head], device=tokens.device), tokens)
-    past = model.language.model(inputs_embeds=embedded, past_key_values=DynamicCache(), use_cache=True).past_key_values
-    return [(layer.keys, layer.values) for layer in past.layers]
-
-
 def ours(model: MobileVLM, decoders: Decoders, ids: list[int], tokens: Tensor, limit: int) -> list[int]:
     """The answer loop with one question."""
     cut = len(ids) - TEXT
-    prefix = read_head(model, ids[:cut], tokens)
+    prefix = read(model, torch.tensor([ids[:cut]], device=tokens.device), tokens)
     ((said, _),) = _generate(model, decoders, prefix, [0], [ids[cut:]], frozenset(), limit)
     return said
 

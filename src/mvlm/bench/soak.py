@@ -81,7 +81,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         For `training` and `sweep`: how much was done, MB at the beginning and the end, its growth per 1,000 steps (per 10 cells),
-        likewise open files, and the seconds of the first and the last quarter.
+        likewise open files, and the pace of the first and the last quarter.
     """
     measured = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -201,7 +201,12 @@ def _read_heads(
                 features[picture] = encoded.cpu()
     encoded = [fresh[one.picture] if one.picture in fresh else features[one.picture].to(like) for one in heads]
     ids = torch.tensor([one.head for one in heads], device=like.device)
-    embedded = model.embed(ids, model.project(torch.stack(encoded)))
+    return read(model, ids, model.project(torch.stack(encoded)))
+
+
+def read(model: MobileVLM, ids: Tensor, tokens: Tensor) -> KeysAndValues:
+    """The language model's keys and values of equally long beginnings (B, T) with their pictures' tokens."""
+    embedded = model.embed(ids, tokens)
     cache = model.language.model(inputs_embeds=embedded, past_key_values=DynamicCache(), use_cache=True).past_key_values
     return [(layer.keys, layer.values) for layer in cache.layers]
 

@@ -209,8 +209,8 @@ class Stage(L.LightningModule):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(told, indent=2) + "\n")
         self.skipped.append({"step": step, "loss": self._mean, "reason": reason})
-        row = sum(1 for k in range(IN_A_ROW) if {step - k} & {one["step"] for one in self.skipped})
-        if self.on_divergence == "stop" or row == IN_A_ROW:
+        in_a_row = [one["step"] for one in self.skipped[-IN_A_ROW:]] == [*range(step - IN_A_ROW + 1, step + 1)]
+        if self.on_divergence == "stop" or in_a_row:
             raise ValueError(
                 f"{self.name}, step {step} diverged: {reason}. No weight was changed by it. Its samples: {', '.join(ids[:8])}"
                 f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}. `python doctor.py replay={file}` shows the loss of each. Repair "
