@@ -254,7 +254,7 @@ def stage(
     if kept:
         rows.go_on(resume.step_of(kept))
         if trainer.is_global_zero:
-            Console().print(f"{name} goes on from {kept}")
+            Console().print(f"{name} goes on from {kept}", soft_wrap=True)
     trainer.fit(module, loader, ckpt_path=kept)
     if module.weights is None:
         if adapters is not None:

@@ -291,7 +291,7 @@ def show(results: dict[str, Any], run: Run) -> None:
         flipped, items = (sum(told[key] for told in flips.values()) for key in ("flipped", "items"))
         Console().print(f"answered one at a time, {flipped} of {items} answers come out otherwise")
     index, wrong = (run.folder / f"{name}{beside(results['protocol'])}.html" for name in ("index", "wrong"))
-    Console().print(f"look at {index} and {wrong}")
+    Console().print(f"look at {index} and {wrong}", soft_wrap=True)
 
 
 def counted(score: dict[str, Any], generated: bool) -> str:

@@ -170,7 +170,6 @@ def _show(measured: dict[str, Any]) -> None:
         table.add_row(name, f"{way['tokens_per_second']:.2f}", f"{way['share']:.1%}", rounds)
     Console().print(table)
     told = f"{measured['bandwidth'] / 1e9:,.1f} GB/s over {measured['reads'] / 1e6:,.0f} MB a token, threads: {measured['threads']}"
-    Console().print(f"limit {measured['limit']:,.2f} tokens/s: {told}")
-    Console().print(
-        f"ratio of the medians {measured['ratio']:.2f}; the first {measured['same']} of {TOKENS} tokens agree"
-    )
+    Console().print(f"limit {measured['limit']:,.2f} tokens/s: {told}", soft_wrap=True)
+    agree = f"the first {measured['same']} of {TOKENS} tokens agree"
+    Console().print(f"ratio of the medians {measured['ratio']:.2f}; {agree}", soft_wrap=True)

@@ -116,6 +116,5 @@ def _show(measured: dict[str, Any]) -> None:
     for way, rate in measured["questions_per_second"].items():
         table.add_row(way, f"{rate:.2f}", " ".join(f"{s:.1f}" for s in measured["seconds"][way]))
     Console().print(table)
-    Console().print(
-        f"ratio of the median rounds: {measured['ratio']:.2f}; answers that differ: {measured['flips']} of {measured['questions']}"
-    )
+    differ = f"answers that differ: {measured['flips']} of {measured['questions']}"
+    Console().print(f"ratio of the median rounds: {measured['ratio']:.2f}; {differ}", soft_wrap=True)

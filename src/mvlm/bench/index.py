@@ -208,6 +208,7 @@ def _show(told: dict[str, Any]) -> None:
         read = f"one of {len(workers)} workers, {worker['read_per_second']:,} samples a second"
         table.add_row(read, "", f"{worker['own_mb']:,.0f}", f"{worker['pss_mb']:,.0f}")
     Console().print(table)
+    sent = f"a worker is sent {use['pickled_bytes']:,} bytes"
     Console().print(
-        f"read at random by one process: {use['read_per_second']:,} samples a second; a worker is sent {use['pickled_bytes']:,} bytes"
+        f"read at random by one process: {use['read_per_second']:,} samples a second; {sent}", soft_wrap=True
     )

@@ -390,4 +390,4 @@ def _show(measured: dict[str, Any]) -> None:
         )  # fmt: skip
     Console().print(table)
     told = f"matrix products: {measured['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s, of which `useful` is the share"
-    Console().print(f"{told}; ratio of samples/s: {measured['ratio']:.2f}")
+    Console().print(f"{told}; ratio of samples/s: {measured['ratio']:.2f}", soft_wrap=True)
