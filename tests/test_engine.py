@@ -7,6 +7,7 @@ near-zero gradients into steps of its own size, so weights are compared in the m
 from __future__ import annotations
 
 import json
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from dataclasses import replace
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import lightning as L
@@ -22,6 +24,7 @@ import torch
 import torch._dynamo  # the optimizer asks for it; forks should find it there
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
 from torch.distributed.tensor import DTensor
 
@@ -29,6 +32,7 @@ from mvlm import build, engine, fit, resume
 from mvlm.data.collate import collate
 from mvlm.engine import Load
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
+from mvlm.model.mobilevlm import MobileVLM
 from mvlm.run import Run
 from mvlm.strategy.stage import Stage
 
@@ -63,7 +67,7 @@ def together(folder: Path, count: int, work: Callable[[int], Any], nodes: int = 
             process.join(1)
             process.kill()
     if failed := [word for word in said if isinstance(word, str)]:
-        raise RuntimeError(failed[0])
+        raise RuntimeError("\n".join(failed))
     return said
 
 
@@ -422,10 +426,8 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     shared memory; nothing else."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra `scale`)")
-    from lightning.pytorch import strategies
-    from lightning.pytorch.strategies.ddp import DDPStrategy
 
-    class OnProcessors(strategies.DeepSpeedStrategy):
+    class OnProcessors(engine.ZeRO):
         root_device = torch.device("cpu", 0)  # DeepSpeed asks for its number
 
         def setup_environment(self) -> None:
@@ -436,7 +438,7 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
             self._init_deepspeed_distributed()
 
     monkeypatch.setattr(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
-    monkeypatch.setattr(strategies, "DeepSpeedStrategy", OnProcessors)
+    monkeypatch.setattr(engine, "ZeRO", OnProcessors)
     monkeypatch.setattr(engine, "check_deepspeed", lambda: None)
 
 
@@ -518,36 +520,89 @@ def test_two_nodes_train_as_one_process(one_and_two) -> None:
 # ------------------------------------------------------------------------------------------- devices that come and go
 
 
-def test_a_killed_stage_goes_on_with_fewer_devices(cells, nano_cache: Path, monkeypatch) -> None:
-    """Two processes of DDP die in the third step; one goes on, with twice the micro-batches a step: the samples of every step are those of
-    one process from the beginning, and losses as equal as sums over other numbers of processes round."""
+def killed(folder: Path, *words: str) -> Any:
+    """A cell whose processes die in the third step of its second stage. Call it in forks of their own."""
+    real = Stage.training_step
+
+    def training_step(self: Stage, batch: Any, index: int) -> Any:
+        if self.name == "finetune" and self.global_step == 2:
+            raise RuntimeError("killed on purpose")
+        return real(self, batch, index)
+
+    Stage.training_step = training_step
+    return train(folder, "checkpoint_every=1", *words)
+
+
+def goes_on(folder: Path, whole: tuple[Path, Path], told: dict[str, Any], *words: str) -> None:
+    """Two processes die; two go on, and one goes on, with twice the micro-batches a step.
+
+    Two go on to the very weights that they would have come to: the same sums in the same order. One takes the samples of every step of a
+    process that was alone from the beginning, and has losses as equal as sums over other numbers of processes round.
+
+    Args:
+        whole: the cell that one process trained, and the one that two trained, which nothing stopped.
+        told: by the first of them.
+        words: of two processes.
+    """
+    died, again = folder / "died" / "both", folder / "again" / "both"
+    with pytest.raises(RuntimeError, match="killed on purpose"):
+        together(folder, 2, lambda rank: killed(died, *words))
+    assert [p.name for p in resume.checkpoints(died / "finetune")] == ["step-2", "step-1"]
+    copytree(died, again)
+    together(folder, 2, lambda rank: train(again, "checkpoint_every=1", *words))
+    ours, wanted = (weights(cell / "finetune") for cell in (again, whole[1]))
+    assert all(torch.equal(ours[name], value) for name, value in wanted.items())
+    assert not resume.checkpoints(again / "finetune")
+
+    (rest,) = together(folder, 1, lambda rank: train(died, "checkpoint_every=1"))
+    assert set(rest["ids"]) == {"finetune"}, "the first stage was finished"
+    micro_batches = len(told["ids"]["finetune"]) // len(told["facts"]["finetune"]["history"])
+    assert micro_batches == 2 and rest["ids"]["finetune"] == told["ids"]["finetune"][2 * micro_batches :]
+    compare(rest["facts"]["finetune"], told["facts"]["finetune"])
+    assert apart(died / "finetune", whole[0] / "finetune", whole[0] / "start") < 0.01
+
+
+@pytest.mark.parametrize("kind, trainer", [("ddp", "ddp"), ("fsdp2", "fsdp")])
+def test_a_killed_stage_goes_on(cells, nano_cache: Path, tmp_path, monkeypatch, kind: str, trainer: str) -> None:
     monkeypatch.setenv("MVLM_CACHE", str(nano_cache))
     folder, told = cells
-    words = ["checkpoint_every=1"]
+    whole = (folder / "plain" / "both", folder / kind / "both")
+    goes_on(tmp_path, whole, told["plain"][0]["both"], f"trainer={trainer}", *ON_TWO)
 
-    def dying(rank: int) -> Any:
-        real = Stage.training_step
 
-        def training_step(self: Stage, batch: Any, index: int) -> Any:
-            if self.name == "finetune" and self.global_step == 2:
-                raise RuntimeError("killed on purpose")
-            return real(self, batch, index)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how, told",
+    [
+        (lambda loss: loss * math.nan, "step 2 diverged: its loss is nan.*No weight was changed by it"),
+        (
+            lambda loss: loss + (loss * 0).sqrt(),
+            "step 2: the norm of its gradient is no number, and DeepSpeed has taken it",
+        ),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_a_step_of_deepspeed_that_diverges(deepspeed, nano_cache, tmp_path, monkeypatch, how, told: str) -> None:
+    """Whether its weights were spoilt is said; the checkpoint before is whole either way."""
+    monkeypatch.setenv("MVLM_CACHE", str(nano_cache))
+    real = MobileVLM.forward
 
-        Stage.training_step = training_step  # in a fork of its own
-        return train(folder / "changed" / "both", *words, "trainer=ddp", *ON_TWO)
+    def forward(self: MobileVLM, batch: Any) -> Any:
+        forward.calls += 1
+        loss = real(self, batch)
+        return loss._replace(total=how(loss.total)) if forward.calls > 1 else loss
 
-    with pytest.raises(RuntimeError, match="killed on purpose"):
-        together(folder, 2, dying)
-    assert [p.name for p in resume.checkpoints(folder / "changed" / "both" / "finetune")] == ["step-2", "step-1"]
-    (rest,) = together(folder, 1, lambda rank: train(folder / "changed" / "both", *words))
-    whole = told["plain"][0]["both"]
-    assert set(rest["ids"]) == {"finetune"}, "the first stage was finished"
-    micro_batches = len(whole["ids"]["finetune"]) // len(whole["facts"]["finetune"]["history"])
-    assert micro_batches == 2 and rest["ids"]["finetune"] == whole["ids"]["finetune"][2 * micro_batches :]
-    compare(rest["facts"]["finetune"], whole["facts"]["finetune"])
-    assert (
-        apart(
-            *(folder / kind / "both" / "finetune" for kind in ("changed", "plain")), folder / "plain" / "both" / "start"
-        )
-        < 0.01
-    )
+    forward.calls = 0
+    monkeypatch.setattr(MobileVLM, "forward", forward)
+    words = ["trainer=zero2", *ON_TWO, "checkpoint_every=1", "recipe.pretrain.micro_batch=2", "recipe.pretrain.batch=4"]
+    with pytest.raises(RuntimeError, match=f"(?s){told}"):
+        together(tmp_path, 2, lambda rank: train(tmp_path / "one", *words))
+    assert [p.name for p in resume.checkpoints(tmp_path / "one" / "pretrain")] == ["step-1"]
+    assert not resume.torn(tmp_path / "one" / "pretrain" / "step-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["trainer=zero2"], ["trainer=zero3", ZERO3]], ids=["zero2", "zero3"])
+def test_a_killed_stage_of_deepspeed_goes_on(deepspeed, one_and_two, tmp_path, words: list[str]) -> None:
+    one, _ = one_and_two(train, *words)
+    goes_on(tmp_path, (tmp_path / "one", tmp_path / "two"), one, *words, *ON_TWO)

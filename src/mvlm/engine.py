@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from mvlm.model.mobilevlm import MobileVLM
 from mvlm.plan import activations, meta_model, physical_memory, states
 from mvlm.strategy import lora
 from mvlm.strategy.parameters import freeze_and_group
+from mvlm.strategy.sharding import FSDP2, ZeRO
 
 MARGIN = 0.9
 """Share of a device's memory that a plan may fill. The rest is for what it leaves out: activations of tower and projector, layers that are
@@ -58,14 +58,14 @@ class Load:
 
 
 def name(strategy: Any) -> str:
-    """The engine that a trainer's `strategy` means: a word of ours or of Lightning's, or a DeepSpeedStrategy with its settings.
+    """The engine that a trainer's `strategy` means: a word of ours or of Lightning's, or DeepSpeed's settings.
 
     Raises:
         ValueError: no such engine.
     """
     if isinstance(strategy, Mapping):
         zero = ((strategy.get("config") or {}).get("zero_optimization") or {}).get("stage", strategy.get("stage"))
-        if zero in (2, 3) and "DeepSpeed" in str(strategy.get("_target_")):
+        if zero in (2, 3) and "DeepSpeed" in strategy.get("_target_", "DeepSpeed"):
             return f"zero{zero}"
     words = {"deepspeed_stage_2": "zero2", "deepspeed_stage_3": "zero3"}
     if strategy in ("auto", "ddp", "fsdp2", *words):
@@ -211,5 +211,6 @@ def strategy(engine: str, said: Any, devices: int) -> Strategy | str:
     if engine == "ddp":
         return DDPStrategy(gradient_as_bucket_view=True)  # else each device holds all gradients twice
     if engine == "fsdp2":
-        return ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False)
-    return instantiate(said, _convert_="all") if isinstance(said, Mapping) else said
+        return FSDP2(devices, 1, save_distributed_checkpoint=False)
+    settings = said if isinstance(said, Mapping) else {"stage": int(engine.removeprefix("zero"))}
+    return ZeRO(**{key: value for key, value in settings.items() if key != "_target_"})

@@ -180,9 +180,10 @@ def stage(
     if not hasattr(model, "language"):
         model = build.model(cfg)
     recipe, folder = cfg.recipe[name], run.folder / name
-    trainer_arguments = OmegaConf.to_container(cfg.trainer, resolve=True) | {
+    trainer_arguments = OmegaConf.to_container(cfg.trainer, resolve=True)
+    trainer_arguments |= {
         "precision": build.precision(cfg.trainer.precision),
-        "strategy": engine.strategy(how, cfg.trainer.strategy, world),
+        "strategy": engine.strategy(how, trainer_arguments["strategy"], world),
     }
     autocast = build.autocast_type(trainer_arguments["precision"])
     before = begin(cfg, run, name, model)
@@ -195,7 +196,7 @@ def stage(
         cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
     skips = Skips(name, data[name])
     facts: dict = {"engine": how, "checkpointing": again}
-    kept = resume.newest(folder) if how in resume.ENGINES else None
+    kept = resume.newest(folder)
     if from_words:
         start = folder / "start.json"
         if kept and start.exists():
@@ -244,17 +245,16 @@ def stage(
         callbacks=[
             Bar(name),
             skips,
-            resume.Keeper(folder, cfg.checkpoint_every, saves=how in resume.ENGINES),
+            resume.Keeper(folder, cfg.checkpoint_every),
             *watching,
         ],
         plugins=[resume.PlainCheckpoints(content(cfg))],
         default_root_dir=run.folder,
     )
     projector_parameters = sum(p.numel() for p in model.projector.parameters())  # sharding leaves them without a size
-    if kept:
+    if kept and first_process():
         rows.go_on(resume.step_of(kept))
-        if trainer.is_global_zero:
-            Console().print(f"{name} goes on from {kept}", soft_wrap=True)
+        Console().print(f"{name} goes on from {kept}", soft_wrap=True)
     trainer.fit(module, loader, ckpt_path=kept)
     if module.weights is None:
         if adapters is not None:

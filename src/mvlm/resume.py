@@ -35,9 +35,6 @@ from mvlm.run import REQUEUE, differences, file_hash, write_json
 KEPT = 2
 """Checkpoints of a stage that are kept: the newest, and one before it in case the newest is torn."""
 
-ENGINES = ("plain", "ddp")
-"""Engines under which a stage is kept in its middle; under the others its weights lie in pieces, and a killed stage begins anew."""
-
 log = logging.getLogger(__name__)
 
 
@@ -109,8 +106,9 @@ def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
         TypeError: it holds something that is neither.
     """
     if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu().clone().contiguous()  # safetensors takes no two names for one memory
+        name, here = str(len(tensors)), value.detach().cpu().contiguous()
+        part = here.untyped_storage().nbytes() != here.nbytes  # safetensors takes no two names for one memory
+        tensors[name] = here.clone() if part or any(here.data_ptr() == t.data_ptr() for t in tensors.values()) else here
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"pairs": [[_taken_apart(k, tensors), _taken_apart(v, tensors)] for k, v in value.items()]}
@@ -194,11 +192,10 @@ class Keeper(Callback):
     Args:
         folder: of the stage.
         every: None saves only when told to stop.
-        saves: whether it can; else it only ends the process in time.
     """
 
-    def __init__(self, folder: Path, every: int | None, saves: bool = True) -> None:
-        self.folder, self.every, self.saves = folder, every, saves
+    def __init__(self, folder: Path, every: int | None) -> None:
+        self.folder, self.every = folder, every
         self.told, self.saved = 0, 0
         self._before: dict[int, Any] = {}
 
@@ -214,7 +211,7 @@ class Keeper(Callback):
         if index % trainer.accumulate_grad_batches:
             return
         told = self._any_told(trainer, module)
-        if self.saves and step and step != self.saved and (told or (self.every and step % self.every == 0)):
+        if step and step != self.saved and (told or (self.every and step % self.every == 0)):
             self.saved = step
             for logger in trainer.loggers:
                 logger.save()

@@ -11,6 +11,9 @@ import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
+from signal import SIGKILL
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -53,6 +56,58 @@ def test_a_run_becomes_a_folder(engine, configure, run_of):
     assert names(out) == {*files.values(), "manifest.json", "README.md", "jetson.sh"}
     again = json.loads((out / "manifest.json").read_text())
     assert again["files"] == about["files"], "the same weights make the same files, byte for byte"
+
+
+@pytest.mark.slow  # ten exports
+def test_killed_at_any_moment_an_export_is_whole_or_not_there(engine, configure, run_of):
+    """Eight kills at moments drawn by lot. What was there before stays whole, llama.cpp's process ends with ours, and a repetition
+    finds nothing in its way and writes the same bytes."""
+    run = run_of()
+    cfg = configure(f"run={run.folder}", "quant=q4_0", page="export")
+    out = run.folder / "gguf" / "q4_0"
+
+    def begin() -> int:
+        if (child := os.fork()) == 0:
+            os.setsid()  # one group with what it starts
+            try:
+                handover.export(cfg)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return child
+
+    def files() -> dict[str, str]:
+        told = json.loads((out / "manifest.json").read_text())["files"].values()
+        assert {one["name"]: one["sha256"] for one in told} == {p.name: file_hash(p) for p in out.glob("*.gguf")}
+        return {one["name"]: one["sha256"] for one in told}
+
+    began = monotonic()
+    assert os.waitpid(begin(), 0)[1] == 0
+    took, whole, draw = monotonic() - began, files(), Random(0)
+    for _ in range(8):
+        child = begin()
+        sleep(draw.uniform(0.1, 0.95) * took)
+        os.kill(child, SIGKILL)
+        os.waitpid(child, 0)
+        until = monotonic() + 20
+        with pytest.raises(ProcessLookupError):
+            while monotonic() < until:
+                os.killpg(child, 0)
+                sleep(0.1)
+        assert files() == whole
+    assert names(out.parent) > {"q4_0"}, "no kill came in time to leave anything behind"
+    assert os.waitpid(begin(), 0)[1] == 0
+    assert files() == whole and names(out.parent) == {"q4_0"}
+
+
+def test_killed_between_two_names_the_old_export_comes_back(tmp_path):
+    """The one moment at which neither has its name."""
+    out, old = tmp_path / "q4_0", tmp_path / "q4_0.old"
+    old.mkdir()
+    (old / "manifest.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="again"), handover.aside(out, 0):
+        raise RuntimeError("killed again")
+    assert names(tmp_path) == {"q4_0"} and names(out) == {"manifest.json"}
 
 
 def test_a_failed_gate_leaves_no_name(engine, configure, run_of, monkeypatch):

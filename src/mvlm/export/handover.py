@@ -153,6 +153,8 @@ def aside(out: Path, needed: int) -> Iterator[Path]:
             it is; or what was written is `Unproven`, and then it is kept in a folder whose name ends in `.failed`.
     """
     part, failed, old = (out.with_name(out.name + end) for end in (".part", ".failed", ".old"))
+    if old.exists() and not out.exists():  # killed between the two renames below
+        old.replace(out)
     if out.exists() and not (out / "manifest.json").exists():
         raise ValueError(
             f"{out} is there and no export (it has no manifest.json), and would be replaced: name another out="

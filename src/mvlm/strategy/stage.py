@@ -106,6 +106,7 @@ class Stage(L.LightningModule):
             "history": self.history,
             "skipped": self.skipped,
             "before": self._before,
+            "cut": self._cut,
             "accumulation": self.trainer.accumulate_grad_batches,
             "seconds": self.seconds + time.monotonic() - self._began,
         }
@@ -123,7 +124,8 @@ class Stage(L.LightningModule):
                 "strategy; remove it to begin the stage anew"
             )
         kept = checkpoint["stage"]
-        self.history, self.skipped, self._before = kept["history"], kept["skipped"], kept["before"]
+        self.history, self.skipped = kept["history"], kept["skipped"]
+        self._before = kept["before"] if kept["cut"] == self._cut else self._fingerprints()
         self.seconds = kept["seconds"]
         now, then = self.trainer.accumulate_grad_batches, kept["accumulation"]
         for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
@@ -153,7 +155,8 @@ class Stage(L.LightningModule):
     def configure_optimizers(self) -> dict:
         """AdamW on the parts that learn, each at its own rate."""
         self._fused = not str(self.trainer.precision).startswith("16")  # float16's loss scaling does not go with it
-        optimizer = torch.optim.AdamW(self.groups, **self.adam, fused=self._fused)
+        groups = [{**group} for group in self.groups]  # DeepSpeed puts other parameters into its own
+        optimizer = torch.optim.AdamW(groups, **self.adam, fused=self._fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine_with_warmup(step, self.steps, self.warmup)
         )
@@ -210,22 +213,29 @@ class Stage(L.LightningModule):
             file.write_text(json.dumps(told, indent=2) + "\n")
         self.skipped.append({"step": step, "loss": self._mean, "reason": reason})
         in_a_row = [one["step"] for one in self.skipped[-IN_A_ROW:]] == [*range(step - IN_A_ROW + 1, step + 1)]
-        if self.on_divergence == "stop" or in_a_row:
+        if self.on_divergence == "stop" or in_a_row or self._deepspeed:
             raise ValueError(
                 f"{self.name}, step {step} diverged: {reason}. No weight was changed by it. Its samples: {', '.join(ids[:8])}"
                 f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}. `python doctor.py replay={file}` shows the loss of each. Repair "
                 "the data, take lower rates, or leave such steps out with on_divergence=skip"
-                + (f" (they were: {IN_A_ROW} in a row are too many)" if self.on_divergence == "skip" else "")
+                + " (not under DeepSpeed, which takes every step)" * self._deepspeed
+                + f" (they were: {IN_A_ROW} in a row are too many)" * in_a_row
             )
 
     def on_fit_start(self) -> None:
         self._before = self._before or self._fingerprints()
 
+    @property
+    def _cut(self) -> list:
+        """How the weights lie: nothing where each device has all of them."""
+        in_pieces = self._deepspeed or isinstance(self.model, FSDPModule)
+        return [type(self.trainer.strategy).__name__, self.trainer.world_size] if in_pieces else []
+
     def _fingerprints(self) -> dict[str, int]:
         """Of all devices' pieces; of the whole where there are none."""
         here = fingerprints(self.model)
-        if not (self._deepspeed or isinstance(self.model, FSDPModule)):
-            return here  # each device has all, and a checkpoint may be gone on from by another number of them
+        if not self._cut:
+            return here
         return dict(zip(here, self._over_devices(list(here.values())), strict=True))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
@@ -243,19 +253,25 @@ class Stage(L.LightningModule):
             raise ValueError(f"no token of this step is labelled, there is nothing to learn: samples {batch.ids}")
         tokens = max(tokens, 1)  # of a step whose samples all could not be read
         self._sum += float(loss.total.detach()) / tokens
-        if self._deepspeed:  # it divides by the number of micro-batches once more
+        if (
+            self._deepspeed
+        ):  # it divides by the number of micro-batches once more, and takes the step with the last one's backward
             share *= self.trainer.accumulate_grad_batches
+            if (index + 1) % self.trainer.accumulate_grad_batches == 0:
+                self._mean, self._sum = self._over_devices(self._sum), 0.0
+                if reason := self._diverged(self._mean, 0.0):
+                    self._give_up(reason)
         return loss.total * (share / tokens)
 
     def on_train_batch_end(self, outputs, batch: Batch, index: int) -> None:
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
-        if self._deepspeed:  # has taken the step already
-            self._mean, self._sum, self._ids = self._over_devices(self._sum), 0.0, []
-            if not math.isfinite(self._mean):
+        if self._deepspeed:
+            self._ids, norm = [], float(self.trainer.model.get_global_grad_norm() or 0.0)
+            if not 0 <= norm < math.inf:  # it says -1 for what is none
                 raise ValueError(
-                    f"{self.name}, step {self.global_step}: its loss is {self._mean:g}. Lower the rates, or take trainer=fsdp, under which "
-                    "such a step is found before it is taken"
+                    f"{self.name}, step {self.global_step}: the norm of its gradient is no number, and DeepSpeed has taken it. The same command "
+                    "goes on from the checkpoint before. Take lower rates, or trainer=fsdp, which looks at a step's gradient before it is taken"
                 )
         step, mean = self.global_step, self._mean
         entry = {"step": step, "loss": mean}
@@ -288,5 +304,5 @@ class Stage(L.LightningModule):
 
     def on_train_end(self) -> None:
         self.moved = verify_moved(self._before, self._fingerprints(), {g["name"] for g in self.groups})
-        if self._deepspeed or isinstance(self.model, FSDPModule):
+        if self._cut:
             self.weights = whole(self.model)
