@@ -38,6 +38,7 @@ HYDRA_ROOMS = {
 }  # fmt: skip
 LIGHTNING_FILES = {
     "data/datamodule.py",
+    "strategy/sharding.py",
     "strategy/stage.py",
     "engine.py",
     "fit.py",

@@ -1,1 +1,1 @@
-"""Speed, each target a file with a `run(cfg)`: ours and a peer alternate in one process, and what is told is their ratio."""
+"""Speed, each target a file with a `run(cfg)`: ours and a peer alternate in one run, and what is told is their ratio."""

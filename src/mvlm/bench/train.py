@@ -1,4 +1,5 @@
-"""A training step: ours under Lightning beside transformers' own LLaVA class under its Trainer, on the same samples.
+"""A training step: ours under Lightning beside transformers' own LLaVA class under its Trainer, on the same samples. Ways alternate, each
+round in a process of its own, as a user has it: what one way does to its process (ours keeps freed memory) is not lent to the other.
 
 Both have the same tower and language model with random weights, the tower frozen, the same dialogues, precision, fused AdamW and
 batches. The peer has LLaVA-1.5's projector and hands all of a picture's patches to the language model, as that class does;
@@ -9,19 +10,20 @@ With `keep_features=true` ours encodes each picture once, before its first step,
 
 Useful arithmetic is counted, not assumed: the products that one dialogue needs without padding, with a frozen tower's last block
 left out, attention below its diagonal and logits at labelled positions alone, whatever a way really computes. Its rate stands beside
-the rate of plain matrix products in this process.
+the rate of plain matrix products, measured in each of those processes before its round.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import random
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -143,6 +145,8 @@ class Round:
     waited: float
     peak_bytes: int
     """Largest resident set of the process; on a GPU what torch's allocator held."""
+    rate: float
+    """Of plain matrix products, FLOP/s."""
 
 
 def ours(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
@@ -301,8 +305,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         (WARM + cfg.steps) * cfg.micro_batch,
         {"words": net.language.config.vocab_size, "look": build.pictures(cfg, "finetune")},
     )
-    for noise in (".*does not have many workers.*", ".*tokenizer.*", ".*pin_memory.*"):
-        warnings.filterwarnings("ignore", noise)
     with tempfile.TemporaryDirectory() as folder:
         made = partial(Dialogues, Path(folder), texts, **more)
         ways: dict[str, tuple[Callable, Dialogues, list[int]]] = {}
@@ -316,13 +318,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             kept = cfg.keep_features and way is ours
             ways[name] = way, data, useful(whole, data.texts, len(data.pictures) / len(data) if kept else 1.0)
         dtype = build.autocast_type(precision) or torch.float32
-        rates = [matrix_rate(dtype)]
         rounds: dict[str, list[Round]] = {name: [] for name in ways}
         for number in range(cfg.rounds):
             for name in ways if number % 2 == 0 else reversed(ways):
-                rounds[name].append(_round(cfg, *ways[name][:2], precision))
-            rates.append(matrix_rate(dtype))
-    rate = float(np.median(rates))
+                with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                    task = (cfg, *ways[name][:2], precision, dtype, torch.get_num_threads())
+                    rounds[name].append(alone.submit(_round, *task).result())
+    rate = float(np.median([one.rate for some in rounds.values() for one in some]))
     measured = {
         "what": f"{cfg.steps * cfg.micro_batch} dialogues of {np.mean(data.lengths):.0f} words and a picture ({len(data.pictures)} different), "
         f"{cfg.micro_batch} a step, "
@@ -340,19 +342,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return measured
 
 
-def _round(cfg: DictConfig, way: Callable, data: Dialogues, precision: str) -> Round:
+def _round(cfg: DictConfig, way: Callable, data: Dialogues, precision: str, dtype: torch.dtype, threads: int) -> Round:
     cuda = torch.cuda.is_available()
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    for noise in (".*does not have many workers.*", ".*tokenizer.*", ".*pin_memory.*"):
+        warnings.filterwarnings("ignore", noise)
+    torch.set_num_threads(threads)
+    rate = matrix_rate(dtype)
     torch.manual_seed(0)
     clock = way(cfg, data, precision)
     peak = torch.cuda.max_memory_allocated() if cuda else _peak_resident()
     timed = sum(clock.steps[WARM:]) + clock.before * (1 - WARM / len(clock.steps))
-    return Round(timed, sum(clock.waited[WARM:]), peak)
+    return Round(timed, sum(clock.waited[WARM:]), peak, rate)
 
 
 def _peak_resident() -> int:

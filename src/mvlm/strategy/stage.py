@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from mvlm.batch import Batch
+from mvlm.model.cpu import quicken
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.strategy.parameters import Rates, fingerprints, freeze_and_group, verify_moved
 from mvlm.strategy.sharding import shard, whole
@@ -223,6 +224,8 @@ class Stage(L.LightningModule):
             )
 
     def on_fit_start(self) -> None:
+        if self.device.type == "cpu" and self.trainer.world_size == 1:
+            quicken(self.model)
         self._before = self._before or self._fingerprints()
 
     @property
