@@ -70,18 +70,14 @@ def test_the_embedding_tables_gradient_is_the_same(tied: bool) -> None:
 
 
 def test_a_quickened_model_is_the_same_model(configure) -> None:
-    """Names, weights, loss; the tower's own attention stays where it trains, for it keeps less."""
+    """Names, weights, loss."""
     cfg = configure("model=nano")
     model = build.model(cfg)
     mixture = build.mixture(cfg, "finetune", build.corpus(cfg), build.tokenizer(cfg), model.image_tokens)
     batch, before = collate([mixture[k] for k in range(3)]), model.state_dict()
     wanted = model(batch).total
     quicken(model)
-    assert all(block.attn.fused_attn for block in model.vision.tower.blocks)
     assert any(isinstance(module, RMSNorm) for module in model.language.modules())
-    model.vision.requires_grad_(False)
-    quicken(model)
-    assert not any(block.attn.fused_attn for block in model.vision.tower.blocks)
     torch.testing.assert_close(model(batch).total, wanted, rtol=1e-5, atol=0)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)

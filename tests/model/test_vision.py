@@ -73,3 +73,18 @@ def test_unused_is_what_gets_no_gradient(small):
     small(torch.randn(1, 3, 56, 56)).sum().backward()
     for name, parameter in small.named_parameters():
         assert (parameter.grad is None) == (small.part(name) == "unused"), name
+
+
+@pytest.mark.parametrize(
+    "count, half, learns, fused",
+    [(2, True, False, False), (9, True, False, True), (2, False, False, True), (2, True, True, True)],
+)
+def test_few_pictures_take_plain_products(count, half, learns, fused) -> None:
+    """On a processor in bfloat16 alone, where nothing learns; with the same features but for rounding."""
+    torch.manual_seed(0)
+    vision = Vision("vit_small_patch14_dinov2", 56, depth=2, embed_dim=48, num_heads=4).requires_grad_(learns).eval()
+    pixels = torch.randn(count, 3, 56, 56)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        found = vision(pixels)
+    assert vision.tower.blocks[0].attn.fused_attn == fused
+    torch.testing.assert_close(found.float(), vision(pixels), rtol=0.02, atol=0.02 if half else 1e-6)

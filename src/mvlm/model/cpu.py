@@ -26,9 +26,6 @@ def quicken(model: MobileVLM) -> None:
     words = model.language.get_input_embeddings()
     # A head that shares the table gives its gradient in full; the few rows of the words are then added to that.
     words.sparse = words.weight is model.language.get_output_embeddings().weight
-    if not any(p.requires_grad for p in model.vision.parameters()):
-        for block in model.vision.tower.blocks:
-            block.attn.fused_attn = False  # torch's kernel reaches a third of plain products' rate in bfloat16
 
 
 def keep_memory() -> None:
