@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -237,14 +238,15 @@ def test_hours_of_the_measured_shares_are_the_measured_seconds() -> None:
             for way in measured["ways"].values():
                 flops, rate = way["flops_per_sample"] * dialogues, measured["matrix_flops_per_second"] / 1e12
                 again = hours(flops, 1, rate, way["share"]) * 3600
-                assert again == pytest.approx(way["seconds"][0], rel=0.004)  # shares are written with three digits
+                assert again == pytest.approx(median(way["seconds"]), rel=0.004)  # shares are written with three digits
 
 
 def test_one_measured_training_foretells_another_within_a_quarter() -> None:
-    """pw2's samples/s from ldpv2's at equal share of the peak, by this plan's own FLOPs. Really the share rises with the length."""
+    """pw2's samples/s from ldpv2's at equal share of the peak, by this plan's own FLOPs. Really the share rises with the length. Both of the
+    same code, the tower run in each step."""
     rates = {}
-    for file in (ROOT / "results" / "bench").glob("train-*.json"):
-        for measured in json.loads(file.read_text())["measured"]:
+    for commit in ("35aed43", "2207e67"):
+        for measured in json.loads((ROOT / "results" / "bench" / f"train-{commit}.json").read_text())["measured"]:
             rates |= {name: way["samples_per_second"] for name, way in measured["ways"].items()}
     cfg, flops = composed("model=pocket", "projector=pw2"), {}
     net = meta_model(cfg.model.module)
