@@ -207,7 +207,7 @@ class ZeRO(InOnePiece, DeepSpeedStrategy):
             return
         size = (
             parameter.ds_tensor.numel()
-        )  # filled up at the end, which DeepSpeed's own function for a whole value leaves out
+        )  # filled up at the end, which DeepSpeed's own function for whole values forgets
         value = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
         parameter._z3_optimizer.set_local_hp_param(value[size * dist.get_rank() :][:size], parameter, key)
 
