@@ -205,9 +205,8 @@ class ZeRO(InOnePiece, DeepSpeedStrategy):
         if not hasattr(parameter, "ds_id"):
             parameter.set_full_hp_param(value, key)
             return
-        size = (
-            parameter.ds_tensor.numel()
-        )  # filled up at the end, which DeepSpeed's own function for whole values forgets
+        # Filled up at the end, which DeepSpeed's own function for a whole value leaves out.
+        size = parameter.ds_tensor.numel()
         value = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
         parameter._z3_optimizer.set_local_hp_param(value[size * dist.get_rank() :][:size], parameter, key)
 
