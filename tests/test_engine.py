@@ -445,6 +445,8 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 ZERO3 = "trainer.strategy.config.zero_optimization.stage3_param_persistence_threshold=0"
 """Or all of so small a model would be whole on every process."""
 
+ZEROS = pytest.mark.parametrize("words", [["trainer=zero2"], ["trainer=zero3", ZERO3]], ids=["zero2", "zero3"])
+
 
 @pytest.fixture
 def one_and_two(nano_cache, tmp_path, monkeypatch) -> Callable:
@@ -460,7 +462,7 @@ def one_and_two(nano_cache, tmp_path, monkeypatch) -> Callable:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["trainer=zero2"], ["trainer=zero3", ZERO3]], ids=["zero2", "zero3"])
+@ZEROS
 def test_deepspeed_trains_as_one_process(deepspeed, one_and_two, tmp_path, words: list[str]) -> None:
     """Losses, norms, rates and saved weights, in the optimizer's float32."""
     one, pair = one_and_two(two, *words)
@@ -602,7 +604,7 @@ def test_a_step_of_deepspeed_that_diverges(deepspeed, nano_cache, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["trainer=zero2"], ["trainer=zero3", ZERO3]], ids=["zero2", "zero3"])
+@ZEROS
 def test_a_killed_stage_of_deepspeed_goes_on(deepspeed, one_and_two, tmp_path, words: list[str]) -> None:
     one, _ = one_and_two(train, *words)
     goes_on(tmp_path, (tmp_path / "one", tmp_path / "two"), one, *words, *ON_TWO)

@@ -488,7 +488,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # StepData is, by its own state
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    warnings.filterwarnings(
-        "ignore", message=".*Grad strides do not match.*"
-    )  # DDP's, of a depthwise convolution: a little time
+    # DDP's, of a depthwise convolution: a little time
+    warnings.filterwarnings("ignore", message=".*Grad strides do not match.*")
     warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")  # so it is told to

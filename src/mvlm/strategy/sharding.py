@@ -182,8 +182,8 @@ class ZeRO(InOnePiece, DeepSpeedStrategy):
         flat = optimizer.optimizer.state.get(self._flat(optimizer)[0])
         if not flat:
             return {}
-        whole = {key: safe_get_full_optimizer_state(parameter, key) for key in flat if key != "step"}
-        return {"step": flat["step"]} | whole
+        gathered = {key: safe_get_full_optimizer_state(parameter, key) for key in flat if key != "step"}
+        return {"step": flat["step"]} | gathered
 
     def fill_moments(self, optimizer: Any, told: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         if not told:

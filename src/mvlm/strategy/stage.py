@@ -169,16 +169,22 @@ class Stage(L.LightningModule):
         micro-batch, clips by itself."""
         if self._deepspeed:
             return
-        self._mean, self._sum, norm = self._over_devices(self._sum), 0.0, 0.0
+        norm = 0.0
         if not self._fused:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             learning = [p for g in self.groups for p in g["params"]]
             norm = float(torch.nn.utils.clip_grad_norm_(learning, gradient_clip_val or math.inf))
-        if reason := self._diverged(self._mean, norm):
-            self._give_up(reason)
+        if self._given_up(norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient, its moments, too
         self._ids = []
+
+    def _given_up(self, norm: float = 0.0) -> bool:
+        """Sum up a step's loss over all devices; whether it, or the gradient's norm, says that the step must not be taken."""
+        self._mean, self._sum = self._over_devices(self._sum), 0.0
+        if reason := self._diverged(self._mean, norm):
+            self._give_up(reason)
+        return bool(reason)
 
     def _diverged(self, loss: float, norm: float) -> str:
         """Why a step must not be taken; empty if it may."""
@@ -256,14 +262,11 @@ class Stage(L.LightningModule):
             raise ValueError(f"no token of this step is labelled, there is nothing to learn: samples {batch.ids}")
         tokens = max(tokens, 1)  # of a step whose samples all could not be read
         self._sum += float(loss.total.detach()) / tokens
-        if (
-            self._deepspeed
-        ):  # it divides by the number of micro-batches once more, and takes the step with the last one's backward
+        if self._deepspeed:
+            # It divides by the number of micro-batches once more, and takes the step with the last one's backward.
             share *= self.trainer.accumulate_grad_batches
             if (index + 1) % self.trainer.accumulate_grad_batches == 0:
-                self._mean, self._sum = self._over_devices(self._sum), 0.0
-                if reason := self._diverged(self._mean, 0.0):
-                    self._give_up(reason)
+                self._given_up()
         return loss.total * (share / tokens)
 
     def on_train_batch_end(self, outputs, batch: Batch, index: int) -> None:
