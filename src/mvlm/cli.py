@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import gc
 import inspect
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -104,7 +103,6 @@ def script(main: Callable, config: str, sweep: bool = False) -> None:
     Args:
         sweep: with `-m` train many cells (see `mvlm.sweep`); other scripts have no `-m`.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's tensors in huge pages: fewer page faults on a CPU
     arguments = sys.argv[1:]
     if {"--help", "-h"} & set(arguments):
         print(help_text(main, config))

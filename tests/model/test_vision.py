@@ -77,9 +77,9 @@ def test_unused_is_what_gets_no_gradient(small):
 
 @pytest.mark.parametrize(
     "count, half, learns, fused",
-    [(2, True, False, False), (9, True, False, True), (2, False, False, True), (2, True, True, True)],
+    [(2, True, False, False), (9, True, False, False), (2, False, False, True), (9, True, True, True)],
 )
-def test_few_pictures_take_plain_products(count, half, learns, fused) -> None:
+def test_few_pictures_at_a_time_take_plain_products(count, half, learns, fused) -> None:
     """On a processor in bfloat16 alone, where nothing learns; with the same features but for rounding."""
     torch.manual_seed(0)
     vision = Vision("vit_small_patch14_dinov2", 56, depth=2, embed_dim=48, num_heads=4).requires_grad_(learns).eval()

@@ -52,8 +52,8 @@ from mvlm.strategy.features import encode_pictures
 from mvlm.strategy.parameters import freeze_and_group
 from mvlm.strategy.stage import Stage
 
-WARM = 2
-"""Steps of a round that are not counted: the first of every shape pays for what later ones do not."""
+WARM = 6
+"""Steps of a round that are not counted: the first ones get their memory from the system, later ones have it."""
 
 TEXT = (4.0, 0.6)
 """Words of a dialogue: e to a normal variable of this mean and deviation, 55 in the middle, 4 to 1,024 allowed."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import sys
+from ctypes import c_int, c_size_t, c_void_p
 
 import torch
 from torch import Tensor
@@ -29,11 +32,20 @@ def quicken(model: MobileVLM) -> None:
 
 
 def keep_memory() -> None:
-    """Have the C library keep what is freed, for the next step: a page that the system gives anew costs more than to fill it. The
-    process' resident memory stays at its peak."""
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(MMAP_MAX, 0)
-        library.mallopt(TRIM_THRESHOLD, -1)
+    """Have the C library keep what is freed, for the next step, and in huge pages: a page that the system gives anew costs more than to
+    fill it. The process' resident memory stays at its peak."""
+    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
+        return
+    library.mallopt(MMAP_MAX, 0)
+    library.mallopt(TRIM_THRESHOLD, -1)
+    # Room for half of the machine's memory is asked for, marked and given back before any of it is used, so later tensors lie in it.
+    library.malloc.restype, library.malloc.argtypes, library.free.argtypes = c_void_p, [c_size_t], [c_void_p]
+    library.madvise.argtypes = [c_void_p, c_size_t, c_int]
+    size = os.sysconf("SC_PHYS_PAGES") // 2 * (page := os.sysconf("SC_PAGE_SIZE"))
+    if room := library.malloc(size):  # none where the system promises no more than it has
+        whole = room + -room % page
+        library.madvise(whole, room + size - whole, mmap.MADV_HUGEPAGE)
+        library.free(room)
 
 
 class RMSNorm(LlamaRMSNorm):

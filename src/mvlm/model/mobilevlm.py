@@ -77,7 +77,8 @@ class MobileVLM(nn.Module):
         """
         holes = input_ids == IMAGE_TOKEN
         words = self.language.get_input_embeddings()(input_ids.masked_fill(holes, 0))
-        count, given = int(holes.sum()), 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
+        places = holes.flatten().nonzero().squeeze(1)
+        count, given = len(places), 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
         if count != given:
             raise ValueError(
                 f"the text has {count} image placeholders and the pictures give {given} tokens "
@@ -86,21 +87,24 @@ class MobileVLM(nn.Module):
             )
         if tokens is None:
             return words
-        return words.masked_scatter(holes.unsqueeze(-1), tokens.to(words.dtype))
+        # Not masked_scatter: its backward looks at each number, this one copies rows.
+        rows = words.flatten(0, 1).index_copy(0, places, tokens.flatten(0, 1).to(words.dtype))
+        return rows.view_as(words)
 
-    def inputs(self, batch: Batch) -> Tensor:
-        """The language model's input for a batch: (B, T, D).
+    def inputs(self, batch: Batch, packed: bool = False) -> Tensor:
+        """The language model's input for a batch: (B, T, D), or its samples one after the other in one row without padding.
 
         A batch without pictures still sends a blank one through tower and projector, multiplied by zero: with sharded
         parameters (ZeRO-3, FSDP) a device that skipped them would leave the others waiting for ever. The reference does
         the same with an all-zero image.
         """
         features = batch.features
+        ids = batch.input_ids[batch.attention_mask][None] if packed else batch.input_ids
         if features is None and batch.pixels is None:
             # Before the words, as with pictures: ZeRO gathers weights in the order of their use.
             nothing = 0 * self.project(self.blank()).sum()
-            return self.embed(batch.input_ids) + nothing
-        return self.embed(batch.input_ids, self.project(self.encode(batch.pixels) if features is None else features))
+            return self.embed(ids) + nothing
+        return self.embed(ids, self.project(self.encode(batch.pixels) if features is None else features))
 
     def blank(self) -> Tensor:
         """Features of a blank picture, (1, N, Dv). One process alone may spare the tower, whose output would be multiplied by zero."""
@@ -117,11 +121,10 @@ class MobileVLM(nn.Module):
         position and no other mask is needed. Logits are made for labelled positions only: at 49k words they would otherwise cost a
         fifth of the step.
         """
-        embedded, real, more = self.inputs(batch), batch.attention_mask, {}
-        learned = batch.labels[:, 1:] != IGNORE_INDEX
         attention = self.language.config._attn_implementation
-        if packed := attention in PACKS:
-            embedded, more = embedded[real][None], documents(real.sum(1), attention)
+        packed, real = attention in PACKS, batch.attention_mask
+        learned = batch.labels[:, 1:] != IGNORE_INDEX
+        embedded, more = self.inputs(batch, packed), documents(real.sum(1), attention) if packed else {}
         hidden = self.language.model(inputs_embeds=embedded, use_cache=False, **more).last_hidden_state
         chosen = hidden[0, functional.pad(learned, (0, 1))[real]] if packed else hidden[:, :-1][learned]
         logits = self.language.lm_head(chosen)
