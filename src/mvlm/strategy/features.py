@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvlm.data.image import PictureError
+from mvlm.model.cpu import keep_memory
 from mvlm.model.mobilevlm import MobileVLM
 
 
@@ -44,6 +45,8 @@ def encode_pictures(
         PictureError: one cannot be read, and there is no `unreadable`.
     """
     distinct, device = sorted(set(paths)), next(model.parameters()).device
+    if device.type == "cpu":
+        keep_memory()
     file = kept_in and Path(kept_in) / f"{_fingerprint(model, distinct, pixels, autocast)}.safetensors"
     features: dict[str, Tensor] = load_file(file) if file and file.exists() else {}
 
