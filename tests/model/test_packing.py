@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.nn.attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
 
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
 from mvlm.data.collate import collate
@@ -29,7 +32,8 @@ def joined(kind: str) -> MobileVLM:
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
     }
-    language = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, attn_implementation=kind, **sizes))
+    language = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, attn_implementation="eager", **sizes))
+    language.config._attn_implementation = kind  # past the question whether this machine has its kernel
     tower = Vision("vit_small_patch14_dinov2", 56, depth=2, embed_dim=24, num_heads=2, class_token=False)
     return MobileVLM(tower, LDPv2, language).double()
 
@@ -49,6 +53,34 @@ def batch() -> Batch:
     return replace(batch, pixels=batch.pixels.double())
 
 
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """What needs a GPU is put in by its definition, so that what is told to it, and by which way through transformers, can be tested here:
+    flash's function for documents of many lengths by torch's attention of each alone, flex's kernel by torch's own uncompiled code, whose
+    backward torch otherwise keeps for GPUs."""
+
+    def each_alone(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    ):
+        lengths = cu_seqlens_q.diff().tolist()
+        assert causal and cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert max_seqlen_q == max_seqlen_k == max(lengths) and sum(lengths) == len(q)
+        each = zip(*(one.transpose(0, 1).split(lengths, 1) for one in (q, k, v)), strict=True)
+        attend = partial(scaled_dot_product_attention, is_causal=True, scale=softmax_scale, enable_gqa=True)
+        return torch.cat([attend(*one) for one in each], 1).transpose(0, 1)
+
+    def not_these(*args, **more):
+        raise AssertionError("only documents of many lengths are asked for")
+
+    monkeypatch.setattr(
+        modeling_flash_attention_utils, "_lazy_imports", lambda *args, **more: (not_these, each_alone, *[not_these] * 3)
+    )
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *args: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def loss_and_gradients(model: MobileVLM, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     loss = model(batch)
     return loss.total, torch.autograd.grad(
@@ -57,7 +89,7 @@ def loss_and_gradients(model: MobileVLM, batch: Batch) -> tuple[torch.Tensor, li
 
 
 @pytest.mark.parametrize("block", [4, 128])
-@pytest.mark.parametrize("kind", ["grouped", "sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["grouped", "sdpa", "eager", "flash_attention_2", "flex_attention"])
 def test_loss_and_gradients_are_those_of_a_padded_batch(batch, kind, block, monkeypatch):
     """All but the loss is float64, so what may differ is the loss' rounding to float32, 6e-8 of it. (The blocks are grouped's.)"""
     monkeypatch.setattr(attention, "BLOCK", block)
