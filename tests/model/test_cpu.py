@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -81,6 +88,36 @@ def test_a_quickened_model_is_the_same_model(configure) -> None:
     torch.testing.assert_close(model(batch).total, wanted, rtol=1e-5, atol=0)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+@pytest.mark.parametrize("promised", [True, False])
+def test_memory_that_was_freed_comes_back_without_page_faults(promised: bool) -> None:
+    """In a child, which ends with what it kept. 256 MB have 65,536 pages of 4 kB, which glibc would otherwise ask for each time. A limit of
+    the address space refuses the room that is marked for huge pages, and memory is kept all the same."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        try:
+            if not promised:
+                taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, -1))
+            cpu.keep_memory()
+            library, size = ctypes.CDLL(None), ctypes.c_size_t(2**28)
+            library.malloc.restype = ctypes.c_void_p
+            faults = []
+            for _ in range(3):
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                ctypes.memset(place := library.malloc(size), 1, 2**28)
+                library.free(ctypes.c_void_p(place))
+                faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+            os.write(writer, json.dumps(faults).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    first, *later = json.loads(os.read(reader, 1000))
+    os.close(reader)
+    assert first > 0 and max(later) < 100
 
 
 def test_a_library_without_mallopt_is_left_alone(monkeypatch) -> None:

@@ -33,7 +33,7 @@ def quicken(model: MobileVLM) -> None:
 
 def keep_memory() -> None:
     """Have the C library keep what is freed, for the next step, and in huge pages: a page that the system gives anew costs more than to
-    fill it. The process' resident memory stays at its peak."""
+    fill it. The process' resident memory stays at its peak; its virtual size grows by half of the machine's memory."""
     if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
         return
     library.mallopt(MMAP_MAX, 0)
