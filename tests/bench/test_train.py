@@ -71,14 +71,17 @@ def test_the_peer_is_given_the_same(data, cfg):
 
 
 @pytest.mark.slow  # trains both
-@pytest.mark.parametrize("projector, tokens, kept", [("pw2", 64, "false"), ("ldpv2", 16, "true")])
-def test_both_ways_train(configure, projector, tokens, kept, capsys):
+@pytest.mark.parametrize(
+    "projector, tokens, kept, attention", [("pw2", 64, "false", "sdpa"), ("ldpv2", 16, "true", "grouped")]
+)
+def test_both_ways_train(configure, projector, tokens, kept, attention, capsys):
     words = ["target=train", "model=nano", f"projector={projector}", "rounds=1", "steps=2", "precision=float32"]
-    words += [f"keep_features={kept}"]
+    words += [f"keep_features={kept}", f"+model.module.language.config.attn_implementation={attention}"]
     measured = train.run(configure(*words, page="bench"))
     ours, peer = measured["ways"].values()
     assert ours["image_tokens"] == tokens and peer["image_tokens"] == 64
     assert (ours["flops_per_sample"] == peer["flops_per_sample"]) == (projector == "pw2")
     assert 0 <= ours["waited"] < 1
+    assert (ours["padding"] == 0) == (attention == "grouped") and 0 < peer["padding"] < 1
     assert measured["ratio"] == pytest.approx(ours["samples_per_second"] / peer["samples_per_second"], rel=0.01)
     assert "ratio of samples/s" in capsys.readouterr().out

@@ -84,6 +84,11 @@ class Dialogues(Dataset[Sample]):
         """Words; all have a picture."""
         return [len(text) for text in self.texts]
 
+    @property
+    def positions(self) -> list[int]:
+        """Of each in the language model: a first id, a picture, words."""
+        return [1 + self.image_tokens + words for words in self.lengths]
+
     def __getitem__(self, index: int) -> Sample:
         text = self.texts[index]
         asked, path = len(text) - len(text) // 2, self.pictures[index % len(self.pictures)]
@@ -101,6 +106,14 @@ class Clock:
     waited: list[float] = field(default_factory=list)
     before: float = 0.0
     """Seconds of work before the first step that all steps share."""
+    positions: int = 0
+    """That the language model's first layer was given, padding among them."""
+
+    def watch(self, decoder: torch.nn.Module) -> None:
+        def count(layer: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+            self.positions += given[0].shape[:2].numel()
+
+        decoder.layers[0].register_forward_pre_hook(count)
 
     def begin(self) -> None:
         now = perf_counter()
@@ -147,6 +160,8 @@ class Round:
     """Largest resident set of the process; on a GPU what torch's allocator held."""
     rate: float
     """Of plain matrix products, FLOP/s."""
+    padding: float
+    """Share of the language model's positions."""
 
 
 def ours(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
@@ -165,6 +180,7 @@ def ours(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
     before = perf_counter() - before
     loader = StepData(data, cfg.micro_batch, cfg.micro_batch, workers=cfg.workers, order=cfg.recipe.finetune.order)
     module, clock = Stage(model, rates, steps=loader.steps), OurClock(before=before)
+    clock.watch(model.language.model)
     trainer = L.Trainer(
         accelerator="auto", devices=1, precision=precision, max_epochs=1, logger=False, callbacks=[clock],
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, use_distributed_sampler=False,
@@ -193,6 +209,7 @@ def peer(cfg: DictConfig, data: Dialogues, precision: str) -> Clock:
     llava.model.vision_tower.requires_grad_(False)
 
     clock = PeersClock()
+    clock.watch(llava.model.language_model)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, per_device_train_batch_size=cfg.micro_batch, num_train_epochs=1, bf16=precision.startswith("bf16"),
@@ -294,7 +311,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         What was measured, in plain types: by way `samples_per_second`, `tokens_per_second` (without padding), `share` of the
-        matrix rate that is useful arithmetic, `waited` share of the time, `peak_bytes`; and the `ratio`.
+        matrix rate that is useful arithmetic, `padding` share of the positions, `waited` share of the time, `peak_bytes`; and the `ratio`.
     """
     words = {"auto": build.precision("auto"), "bfloat16": "bf16-mixed", "float32": "32-true"}
     if cfg.precision not in words:
@@ -352,7 +369,7 @@ def _round(cfg: DictConfig, way: Callable, data: Dialogues, precision: str, dtyp
     clock = way(cfg, data, precision)
     peak = torch.cuda.max_memory_allocated() if cuda else _peak_resident()
     timed = sum(clock.steps[WARM:]) + clock.before * (1 - WARM / len(clock.steps))
-    return Round(timed, sum(clock.waited[WARM:]), peak, rate)
+    return Round(timed, sum(clock.waited[WARM:]), peak, rate, 1 - sum(data.positions) / clock.positions)
 
 
 def _peak_resident() -> int:
@@ -366,14 +383,15 @@ def _told(
     count = len(data) - WARM * micro_batch
     seconds = sorted(one.seconds for one in rounds)
     middle = seconds[len(seconds) // 2]
-    share, lengths = count / len(data), [1 + data.image_tokens + n for n in data.lengths]
+    share = count / len(data)
     return {
         "image_tokens": data.image_tokens,
         "seconds": [round(one.seconds, 2) for one in rounds],
         "samples_per_second": round(count / middle, 3),
-        "tokens_per_second": round(sum(lengths) * share / middle, 1),
+        "tokens_per_second": round(sum(data.positions) * share / middle, 1),
         "flops_per_sample": sum(flops) / len(flops),
         "share": round(sum(flops) * share / middle / rate, 3),
+        "padding": round(float(np.median([one.padding for one in rounds])), 4),
         "waited": round(float(np.median([one.waited / one.seconds for one in rounds])), 4),
         "peak_bytes": int(np.median([one.peak_bytes for one in rounds])),
     }
@@ -381,12 +399,14 @@ def _told(
 
 def _show(measured: dict[str, Any]) -> None:
     table = Table(title=measured["what"], title_justify="left")
-    for number, column in enumerate(("way", "image tokens", "samples/s", "tokens/s", "useful", "waited", "peak")):
+    for number, column in enumerate(
+        ("way", "image tokens", "samples/s", "tokens/s", "useful", "padding", "waited", "peak")
+    ):
         table.add_column(column, justify="right" if number else "left")
     for name, way in measured["ways"].items():
         table.add_row(
             name, str(way["image_tokens"]), f"{way['samples_per_second']:.2f}", f"{way['tokens_per_second']:.0f}", f"{way['share']:.1%}",
-            f"{way['waited']:.1%}", f"{way['peak_bytes'] / 1e9:.1f} GB",
+            f"{way['padding']:.1%}", f"{way['waited']:.1%}", f"{way['peak_bytes'] / 1e9:.1f} GB",
         )  # fmt: skip
     Console().print(table)
     told = f"matrix products: {measured['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s, of which `useful` is the share"
