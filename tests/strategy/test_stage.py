@@ -26,12 +26,12 @@ def parts(configure):
     return cfg, model, mixture
 
 
-def fit(model, mixture, *, batch: int = 8, micro: int = 8, steps: int = 2, rates=None, **arguments) -> Stage:
+def fit(model, mixture, *, batch: int = 8, micro: int = 8, steps: int = 2, rates=None, clip=None, **arguments) -> Stage:
     data = StepData(mixture, batch, micro, order="random", seed=1)
     rates = rates or {"vision": None, "projector": 1e-3, "language": 1e-3}
     stage = Stage(model, rates, steps=steps, warmup=0.0, **arguments)
     L.Trainer(
-        accelerator="cpu", max_steps=steps, accumulate_grad_batches=data.accumulation, logger=False, barebones=False,
+        accelerator="cpu", max_steps=steps, accumulate_grad_batches=data.accumulation, gradient_clip_val=clip, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     ).fit(stage, data)  # fmt: skip
     return stage
@@ -103,6 +103,23 @@ def test_steps_follow_the_rates(parts) -> None:
             largest[model.part(name)] = max(largest[model.part(name)], float((p.detach() - before[name]).abs().max()))
     assert largest["projector"] == pytest.approx(1e-3, rel=0.02)
     assert largest["language"] == pytest.approx(2e-5, rel=0.02)
+
+
+def test_a_gradient_is_scaled_down_to_the_norm_that_is_allowed(parts) -> None:
+    """AdamW's first moments are (1 - beta1) times the gradient after one step, so their norm shows what was given to it. Its steps
+    would not: they hardly depend on the gradient's size. 1e-4 covers sums in another order, and torch's eps of 1e-6 beside the norm."""
+    _, model, mixture = parts
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def norm(clip: float | None) -> float:
+        model.load_state_dict(start)
+        (optimizer,) = fit(model, mixture, steps=1, clip=clip).trainer.optimizers
+        return float(torch.nn.utils.get_total_norm([s["exp_avg"] for s in optimizer.state.values()])) / (1 - 0.9)
+
+    free = norm(None)
+    assert free > 0
+    assert norm(free / 2) == pytest.approx(free / 2, rel=1e-4)
+    assert norm(free * 2) == pytest.approx(free, rel=1e-4)
 
 
 def test_frozen_parts_have_no_optimizer_state(parts) -> None:
