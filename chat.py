@@ -23,9 +23,12 @@ def main(cfg) -> None:
         from mvlm.export.talk import browser, terminal
 
         return browser(cfg) if cfg.serve else terminal(cfg)
+    from mvlm import build
     from mvlm.chat import Chat, converse
 
-    converse(Chat.open(cfg.run, max_new_tokens=cfg.max_new_tokens), cfg.image, cfg.prompt)
+    chat = Chat.open(cfg.run, max_new_tokens=cfg.max_new_tokens)
+    chat.model.to(build.device(cfg.device), build.autocast_type(build.precision(cfg.precision)))
+    converse(chat, cfg.image, cfg.prompt)
 
 
 if __name__ == "__main__":

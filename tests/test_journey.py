@@ -295,3 +295,28 @@ def test_two_processes_train_as_one(shell) -> None:
         assert len(answers[0].read_text().splitlines()) == results["items"]
         assert "val/pope_items" in (run.folder / "finetune" / "metrics.csv").read_text()
     assert histories["two"] == pytest.approx(histories["one"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_another_device_trains_and_answers_as_the_processor(shell) -> None:
+    """On a device that takes no tensor of the processor's (`tests/elsewhere.py`): the whole journey, pictures encoded there, too. In
+    float32 the losses are the same up to sums in another order, and so are all answers but for a tie. The samples of a batch lie in one
+    row, as the pocket model has them."""
+    folder, told, said, talked = shell.folder / "runs", {}, {}, {}
+    for cell in ("cpu", "elsewhere"):
+        launch = () if cell == "cpu" else (str(ROOT / "tests/elsewhere.py"),)
+        words = [f"trainer.accelerator={cell}", "trainer.devices=1", "trainer.precision=32-true", f"cell={cell}"]
+        words += ["val_every=5", "val_items=4", "checkpoint_every=3", "features=encoded", "logger=csv"]
+        words += ["benchmark=[gqa,pope]", "+model.module.language.config.attn_implementation=grouped"]
+        shell("train.py", "model=nano", *words, launch=launch)
+        stages = [json.loads((folder / cell / stage / "stage.json").read_text()) for stage in build.STAGES]
+        told[cell] = [entry["loss"] for stage in stages for entry in stage["history"]]
+        files = sorted((folder / cell / "answers").glob("*.jsonl"))
+        said[cell] = [line for file in files for line in file.read_text().splitlines()]
+        picture, more = f"image={ROOT / 'tests/reference/images/img0.png'}", ("precision=32-true", "max_new_tokens=8")
+        talked[cell] = shell("chat.py", f"run=runs/{cell}", picture, "prompt=What?", *more, launch=launch).stdout
+    assert told["elsewhere"] == pytest.approx(told["cpu"], rel=1e-5)
+    same = [a == b for a, b in zip(said["cpu"], said["elsewhere"], strict=True)]
+    assert len(same) == 3 * (19 + 24) and sum(same) >= 0.98 * len(same)
+    assert len(list((shell.folder / "encoded").iterdir())) == 2, "each device encoded its own pictures"
+    assert talked["elsewhere"] == talked["cpu"]

@@ -70,6 +70,10 @@ class Batch:
         """Positions of this micro-batch whose prediction counts; the first of a row is predicted from nothing."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
+    def pin_memory(self) -> Batch:
+        """The batch in memory from which a GPU copies while the host goes on (a data loader calls this, with `pin_memory=True`)."""
+        return replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)})
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device (Lightning calls this)."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}

@@ -29,7 +29,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Chat:
-    """A model with its tokenizer, its template and its way to look at pictures."""
+    """A model, on whatever device and in whatever type it is, with its tokenizer, its template and its way to look at pictures."""
 
     def __init__(
         self, model: MobileVLM, words: Tokenizer, talk: Template, pictures: Pictures, max_new_tokens: int = 128
@@ -68,7 +68,10 @@ class Chat:
     @torch.inference_mode()
     def look(self, image: str | Path | None) -> None:
         """Look at a picture file; the following questions are about it. None: talk without one."""
-        self.tokens = None if image is None else self.model.project(self.model.encode(self.pictures(image)[None]))
+        self.tokens = None
+        if image is not None:
+            pixels = self.pictures(image)[None].to(next(self.model.parameters()))
+            self.tokens = self.model.project(self.model.encode(pixels))
 
     @torch.inference_mode()
     def stream(self, question: str) -> Iterator[str]:
@@ -77,12 +80,13 @@ class Chat:
             question, self.words, image_tokens=self.model.image_tokens, has_image=self.tokens is not None
         )
         stop, past, said, shown = self.talk.stop_ids(self.words), DynamicCache(), [], ""
-        embedded = self.model.embed(torch.tensor([ids]), self.tokens)
+        prompt = torch.tensor([ids], device=next(self.model.parameters()).device)
+        embedded = self.model.embed(prompt, self.tokens)
         hidden = self.model.language.model(
             inputs_embeds=embedded, past_key_values=past, use_cache=True
         ).last_hidden_state
         best = self.model.language.lm_head(hidden[:, -1]).argmax(-1)
-        decoder = self.decoders.begin(past, torch.ones(1, len(ids), dtype=torch.long), best, self.max_new_tokens)
+        decoder = self.decoders.begin(past, torch.ones_like(prompt), best, self.max_new_tokens)
         for number in range(self.max_new_tokens):
             token = int(decoder.step() if number else best)
             if token in stop:

@@ -294,13 +294,15 @@ def stage(
 def cache_features(
     cfg: DictConfig, model: MobileVLM, data: dict[str, Mixture], autocast: torch.dtype | None, more: Sequence[str] = ()
 ) -> None:
-    """Give every dataset the frozen tower's output of its pictures, each encoded once for all stages that show it alike.
+    """Give every dataset the frozen tower's output of its pictures, each encoded once for all stages that show it alike, on the device that
+    will train.
 
     `more` are further pictures to encode, which the start needs. Stages that an earlier one in this process encoded are left alone.
     """
     data = {stage: mixture for stage, mixture in data.items() if any(d.features is None for d in mixture.datasets)}
     kept: dict[str, dict[str, Tensor]] = {}
     looks = {stage: cfg.recipe[stage].pictures for stage in data}
+    model.vision.to(own_device(cfg.trainer))
     for look in dict.fromkeys(looks.values()):
         alike = [s for s in data if looks[s] == look]
         paths = [*more, *(path for s in alike for path in data[s].pictures_used)]
@@ -317,6 +319,7 @@ def cache_features(
         kept[look] = encode_pictures(
             model, paths, pixels, autocast=autocast, kept_in=cfg.features, unreadable=unreadable
         )
+    model.vision.cpu()
     for stage, mixture in data.items():
         for dataset in mixture.datasets:
             dataset.features = kept[looks[stage]]
@@ -412,10 +415,19 @@ def world_size(trainer: Mapping[str, Any]) -> int:
     Raises:
         ValueError: there are no such ones.
     """
+    return _lightning(trainer).world_size
+
+
+def own_device(trainer: Mapping[str, Any]) -> torch.device:
+    """The one of them that this process will train on."""
+    return _lightning(trainer).strategy.root_device
+
+
+def _lightning(trainer: Mapping[str, Any]) -> L.Trainer:
     quiet()
     keys = ("accelerator", "devices", "num_nodes")
     try:
-        return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False).world_size
+        return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False)
     except MisconfigurationException as error:
         told = ", ".join(f"trainer.{k}={trainer[k]}" for k in keys)
         raise ValueError(f"{told} cannot be had on this machine: {error}") from None

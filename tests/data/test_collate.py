@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Skipped
 from mvlm.data.collate import collate, collate_step
@@ -83,3 +84,17 @@ def test_a_step_knows_what_was_skipped():
     assert alone.step_skipped == both.step_skipped == [skipped, skipped]
     assert alone.input_ids.shape == (1, 1) and alone.step_tokens == both.step_tokens == 1
     assert both.to("cpu").step_skipped == [skipped, skipped]
+
+
+def test_a_loader_pins_a_batch(monkeypatch):
+    """By torch's own function, that looks for a method; there is no GPU here, so pinning itself is a copy that is remembered."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda one: pinned.append(one) or one.clone())
+    batch = collate(
+        [Sample("a", "made", [1, IMAGE_TOKEN, 5], [IGNORE_INDEX, IGNORE_INDEX, 5], pixels=torch.rand(3, 4, 4))]
+    )
+    given = pin_memory(batch)
+    assert {id(one) for one in pinned} == {
+        id(getattr(batch, n)) for n in ("input_ids", "labels", "attention_mask", "pixels")
+    }
+    assert torch.equal(given.pixels, batch.pixels) and given.pixels is not batch.pixels and given.ids == ["a"]

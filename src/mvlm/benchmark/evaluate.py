@@ -265,7 +265,8 @@ class _Rate(ProgressColumn):
     """Questions a second."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} a second" if task.speed else "")
+        took = task.finished_time or task.elapsed  # not rich's own speed: a batch's answers come at one moment
+        return Text(f"{task.completed / took:.1f} a second" if took and task.completed else "")
 
 
 def _progress(disable: bool) -> Progress:

@@ -44,7 +44,7 @@ def encode_pictures(
     Raises:
         PictureError: one cannot be read, and there is no `unreadable`.
     """
-    distinct, device = sorted(set(paths)), next(model.parameters()).device
+    distinct, device = sorted(set(paths)), next(model.vision.parameters()).device
     if device.type == "cpu":
         keep_memory()
     file = kept_in and Path(kept_in) / f"{_fingerprint(model, distinct, pixels, autocast)}.safetensors"
@@ -79,7 +79,7 @@ def encode_pictures(
 
 def _fingerprint(model: MobileVLM, files: list[str], pixels: object, autocast: torch.dtype | None) -> str:
     """Of all that features depend on; pictures by path, size and time of change, those in shards by place and CRC-32."""
-    device = next(model.parameters()).device.type
+    device = next(model.vision.parameters()).device.type
     told = [torch.__version__, device, str(autocast), repr(pixels), repr(model.vision)]
     for path in files:
         try:
