@@ -129,6 +129,21 @@ def test_a_step_replaces_no_tensor():
     assert addresses() == before
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "grouped"])
+@torch.no_grad()
+def test_a_step_reads_no_value(attention):
+    """A graph cannot wait for one. Here it runs on tensors that have none; one that lies on the processor would be refused, too."""
+    with torch.device("meta"):
+        language, past = llama(attention), DynamicCache()
+        for layer in range(3):
+            past.update(torch.zeros(2, 2, 9, 8), torch.zeros(2, 2, 9, 8), layer)
+        decoder = Captured(language, past, 2, 64)
+        with pytest.raises(RuntimeError, match="meta tensors"):
+            int(decoder.place)
+    decoder.run()
+    assert decoder.ids.is_meta
+
+
 @pytest.mark.slow  # compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler")
 @torch.no_grad()
