@@ -39,7 +39,8 @@ def shell(nano_cache: Path, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def trained(shell) -> Run:
-    shell("train.py", "model=nano")
+    done = shell("train.py", "model=nano")
+    assert "Warning" not in done.stdout + done.stderr, "a user can do nothing about it"
     return Run(shell.folder / "runs" / "nano-ldpv2-v2-unfreeze_llm-s0")
 
 

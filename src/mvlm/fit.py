@@ -26,13 +26,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvlm import build, engine, resume, score
 from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
 from mvlm.data.corpus import Corpus
-from mvlm.data.datamodule import Skips, StepData
+from mvlm.data.datamodule import Skips, StepData, worker_count
 from mvlm.data.doctor import BLANKED_LIMIT
 from mvlm.data.held_out import hold_out
 from mvlm.data.image import PictureError
@@ -61,10 +61,11 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     """Everything that could be wrong with a run, before any work: rates, batches, labels; then say what will be trained.
 
     Raises:
-        ValueError: no data, an unknown start, a strategy that misses a part, a batch that cannot be split, too many bad records,
-            too many dialogues without labels, a validation that cannot be.
+        ValueError: no data, an unknown start, no number of workers, a strategy that misses a part, a batch that cannot be split, too many
+            bad records, too many dialogues without labels, a validation that cannot be.
     """
     world, engines, why = world_size(cfg.trainer), {}, []
+    worker_count(cfg.workers, 0, 1)
     for stage, mixture in data.items():
         if mixture is not None and not run.finished(stage):
             engines[stage], told, _ = engine.chosen(cfg, stage, mixture, world)
@@ -210,15 +211,15 @@ def stage(
         for dataset in (d for m in data.values() if m for d in m.datasets):
             dataset.features = None
 
-    if again:
-        model.language.gradient_checkpointing_enable({"use_reentrant": False})
-    elif model.language.is_gradient_checkpointing:  # by the stage before
-        model.language.gradient_checkpointing_disable()
+    compute_again(model.language, again)
     adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
     mixture, held_out = hold_out(data[name], HELD_OUT)
+    on_gpu, decoded = engine.on_gpu(cfg.trainer.accelerator), any(d.features is None for d in mixture.datasets)
+    loading = world // cfg.trainer.num_nodes if on_gpu and decoded else 0
+    workers = worker_count(cfg.workers, loading, recipe.batch // world * 3 * 4 * model.image_size**2)
     loader = StepData(
-        mixture, recipe.batch, recipe.micro_batch, world_size=world, workers=cfg.workers, seed=cfg.seed, order=recipe.order,
-        pad_id=words.pad_id, pin_memory=torch.cuda.is_available(),
+        mixture, recipe.batch, recipe.micro_batch, world_size=world, workers=workers, seed=cfg.seed, order=recipe.order,
+        pad_id=words.pad_id, pin_memory=on_gpu,
     )  # fmt: skip
     module = Stage(
         model,
@@ -282,6 +283,7 @@ def stage(
                 "projector_parameters": projector_parameters,
                 "precision": trainer_arguments["precision"],
                 "devices": world,
+                "workers": workers,
                 "moved": module.moved,
                 "history": module.history,
             },
@@ -289,6 +291,15 @@ def stage(
         for one in resume.checkpoints(folder):
             shutil.rmtree(one)
     trainer.strategy.barrier()  # no process goes on to the next stage before this one is saved
+
+
+def compute_again(language: nn.Module, again: bool) -> None:
+    """Keep a decoder's layers from holding their activations, or let them. transformers calls it `activation_checkpointing` now."""
+    word = "activation" if hasattr(language, "activation_checkpointing_enable") else "gradient"
+    if again:
+        getattr(language, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    elif getattr(language, f"is_{word}_checkpointing"):  # by the stage before
+        getattr(language, f"{word}_checkpointing_disable")()
 
 
 def cache_features(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
+import shutil
 import socket
 from itertools import chain
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from torch.utils.data import Dataset
 
 from mvlm.batch import IGNORE_INDEX, Batch, Skipped
 from mvlm.data.byte_tokenizer import build as build_tokenizer
-from mvlm.data.datamodule import Skips, StepData
+from mvlm.data.datamodule import Skips, StepData, worker_count
 from mvlm.data.dataset import LlavaDataset, Sample
 from mvlm.data.image import PictureError, Pictures
 from mvlm.data.mixture import Mixture
@@ -279,3 +281,34 @@ def test_what_is_wrong_is_said():
         data(order="sorted")
     with pytest.raises(ValueError, match="cannot be split into micro-batches of 3"):
         data(micro_batch=3)
+
+
+@pytest.mark.parametrize(
+    "devices, step_bytes, free, workers",
+    [
+        (0, 2**20, 2**40, 0),  # the processor trains, or pictures are not decoded: none that would take its cores
+        (1, 2**20, 2**40, 8),  # 16 cores: at most 8
+        (4, 2**20, 2**40, 3),  # 4 cores a device, one of them for the training
+        (16, 2**20, 2**40, 1),
+        (1, 2**20, 22 * 2**20, 5),  # 4 MB each: two steps, and as much left free
+        (2, 2**20, 22 * 2**20, 2),
+    ],
+)
+def test_workers_by_cores_and_shared_memory(devices, step_bytes, free, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    assert worker_count("auto", devices, step_bytes, shared=".") == workers
+    assert worker_count(3, devices, step_bytes) == 3
+
+
+def test_a_container_without_shared_memory_is_told(monkeypatch, caplog):
+    """Docker gives 64 MB if nothing is said; 256 pictures of 336 pixels, twice, and as much left free, are 1.39 GB."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 * 2**20))
+    assert worker_count("auto", 1, 256 * 3 * 4 * 336**2, shared=".") == 0
+    assert "1.39 GB" in caplog.text and "--shm-size" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [-1, "many", 1.5, None])
+def test_a_number_of_workers_is_a_number(wanted):
+    with pytest.raises(ValueError, match=f"workers={wanted}"):
+        worker_count(wanted, 0, 1)

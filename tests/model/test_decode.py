@@ -144,6 +144,27 @@ def test_a_step_reads_no_value(attention):
     assert decoder.ids.is_meta
 
 
+@torch.no_grad()
+def test_without_a_compiler_a_row_is_decoded_all_the_same(monkeypatch, caplog):
+    """And it is told. An error that compiling has no part in is raised."""
+
+    def compiled():
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(decode, "_compiled", compiled)
+    language = llama()
+    ids, real = prompts([9])
+    past, real, first = read(language, ids, real)
+    decoder = Captured(language, past, 1, 64)
+    decoder.compiled = True
+    decoder._warm_up()
+    assert "not compiled" in caplog.text and caplog.text.strip().endswith("Failed to find C compiler.")
+    assert decoded(decoder, past, real, first) == expected(language, ids, real)
+    monkeypatch.setattr(decoder, "_read", lambda *some: compiled())
+    with pytest.raises(RuntimeError, match="C compiler"):
+        decoder._warm_up()
+
+
 @pytest.mark.slow  # compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a compiler")
 @torch.no_grad()

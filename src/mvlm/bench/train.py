@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvlm import build, plan
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
 from mvlm.data.collate import collate
-from mvlm.data.datamodule import StepData
+from mvlm.data.datamodule import StepData, worker_count
 from mvlm.data.dataset import Sample
 from mvlm.data.image import Pictures
 from mvlm.model.mobilevlm import MobileVLM
@@ -318,6 +318,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"precision={cfg.precision}: target=train knows {', '.join(words)}")
     precision = words[cfg.precision]
     net = plan.meta_model(cfg.model.module)
+    step_bytes = cfg.micro_batch * 3 * 4 * net.image_size**2
+    cfg = OmegaConf.merge(cfg, {"workers": worker_count(cfg.workers, int(torch.cuda.is_available()), step_bytes)})
     texts, more = (
         (WARM + cfg.steps) * cfg.micro_batch,
         {"words": net.language.config.vocab_size, "look": build.pictures(cfg, "finetune")},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -26,6 +28,42 @@ SKIP_LIMIT = 0.001
 """Share of a stage's samples that may be left out as bad; above it the run stops."""
 
 log = logging.getLogger(__name__)
+
+
+MOST_WORKERS = 8
+"""A device's, chosen by `auto`."""
+
+
+def worker_count(wanted: int | Literal["auto"], devices: int, step_bytes: int, shared: str = "/dev/shm") -> int:
+    """How many processes load for a device.
+
+    Args:
+        wanted: a number is taken as it is. `auto`: as many as a GPU has cores, less one for the training itself, MOST_WORKERS at most, and no
+            more than fill half of the shared memory: each keeps two steps there, and torch would end with a bus error.
+        devices: GPUs of this machine, which share all that; 0 if the processor trains, or nothing is decoded. `auto` is 0 then.
+        step_bytes: of the pictures of an optimizer step on a device.
+        shared: folder of the shared memory.
+
+    Raises:
+        ValueError: neither `auto` nor a number from 0.
+    """
+    if wanted != "auto":
+        if not isinstance(wanted, int) or wanted < 0:
+            raise ValueError(f"workers={wanted} counts processes that load: auto, 0 (in the training itself) or more")
+        return wanted
+    if not devices:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = shutil.disk_usage(shared).free if os.path.exists(shared) else 0
+    room = free // (4 * devices * step_bytes)
+    if not room:
+        log.warning(
+            "workers=auto: the training process decodes the pictures itself, and the GPU waits. A worker needs %.2f GB of shared memory (2 steps, "
+            "half of it left free, %d devices), and %s has %.2f: give the container more (docker run --shm-size), or take a smaller "
+            "global batch",
+            4 * devices * step_bytes / 1e9, devices, shared, free / 1e9,
+        )  # fmt: skip
+    return min(room, MOST_WORKERS, max(1, cores // devices - 1))
 
 
 class StepData(L.LightningDataModule):

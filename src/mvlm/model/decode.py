@@ -8,6 +8,7 @@ launch in place of some thousand. What is captured is what the CPU's tests run s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaModel
+
+log = logging.getLogger(__name__)
 
 MASKED = ("eager", "sdpa", "grouped")
 """Attention implementations that take a mask of zeros and minus infinities. The others are told of real positions, and not captured."""
@@ -120,8 +123,8 @@ class Captured(Decoder):
     """A decoder of always the same shape, whose step is a CUDA graph. Rows that are done stay in it and are not looked at.
 
     A single row's layers are compiled too (some seconds, once; torch's TORCH_COMPILE_DISABLE=1 leaves it out): its small kernels
-    would take as long as reading the weights. **The capture itself was not run yet on any GPU**; the same steps without it
-    are what it does on a CPU.
+    would take as long as reading the weights. Where they cannot be, for want of a C compiler or of Python's headers, that is told.
+    **The capture itself was not run yet on any GPU**; the same steps without it are what it does on a CPU.
     """
 
     def __init__(self, language: nn.Module, past: Cache, rows: int, length: int) -> None:
@@ -149,13 +152,25 @@ class Captured(Decoder):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
-                for _ in range(3):  # torch asks for it: kernels are compiled and get their memory before the capture
-                    self._advance()
+                self._warm_up()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may load data meanwhile
                 self._advance()
         return graph.replay
+
+    def _warm_up(self) -> None:
+        """Torch asks for it: kernels are compiled and get their memory before the capture."""
+        try:
+            self._advance()
+        except Exception as error:  # torch, Inductor, Triton and the compiler that it calls each have their own
+            if not self.compiled:
+                raise
+            self.compiled = False
+            told = str(error).strip().partition("\n")[0] or type(error).__name__
+            log.warning("layers are not compiled, so a token takes longer to decode: %s", told)
+        for _ in range(3):
+            self._advance()
 
     def _read(self, words: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         if not self.compiled:
