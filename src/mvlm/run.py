@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import uuid
@@ -297,6 +298,19 @@ class Run:
         )
 
 
+def processor(proc: Path = Path("/proc")) -> str:
+    """The board's name, or the processor's; with its family and model, as a virtual machine's name may hide the generation."""
+    board, cpus = proc / "device-tree/model", proc / "cpuinfo"
+    if board.exists():
+        return board.read_text().strip("\0 \n")
+    told = dict(
+        re.findall(r"^(model name|cpu family|model)\s*: (.+)$", cpus.read_text() if cpus.exists() else "", re.M)
+    )
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    return told["model name"] + (f", family {told['cpu family']}, model {told['model']}" if len(told) == 3 else "")
+
+
 def manifest() -> dict[str, Any]:
     """What produced a run, apart from its configuration."""
     import torch
@@ -309,7 +323,7 @@ def manifest() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "hardware": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },

@@ -32,8 +32,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -65,6 +63,7 @@ from mvlm.export.pair import Pair
 from mvlm.export.quantise import FILE_TYPES
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.plan import meta_model
+from mvlm.run import processor
 
 TOKENS, TEXT, CONTEXT = 256, 64, 2048
 """Of the answer, as in the paper; of the prompt beside the picture's; positions that are kept."""
@@ -297,15 +296,6 @@ RATIOS: dict[str, Callable[[dict[str, float]], float]] = {
 def _span(what: str, pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> list[float]:
     every = [RATIOS[what](one) / RATIOS[what](other) for one, other in pairs]
     return [round(value, 3) for value in (every[0], min(every), max(every))]
-
-
-def processor() -> str:
-    """The board's or the processor's name."""
-    board, cpus = Path("/proc/device-tree/model"), Path("/proc/cpuinfo")
-    if board.exists():
-        return board.read_text().strip("\0 \n")
-    named = re.search(r"^model name\s*: (.*)$", cpus.read_text(), re.MULTILINE) if cpus.exists() else None
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
