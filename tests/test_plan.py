@@ -190,7 +190,9 @@ def test_a_real_step_does_what_was_planned() -> None:
         net(Batch(ids, labels, torch.ones_like(ids, dtype=torch.bool), torch.randn(1, 3, 112, 112))).total.backward()
     # A fused attention kernel may compute its scores again in the backward, once in each of the two layers of width 64.
     again = 2 * 2 * ids.shape[1] ** 2 * 64
-    assert counter.get_total_flops() - promised.total in (0, again)
+    # Of the last layer the plan counts all; in the picture's places its three products of 64 x 160 are not computed.
+    spared = 3 * 2 * 3 * net.image_tokens * 64 * 160
+    assert counter.get_total_flops() + spared - promised.total in (0, again)
 
 
 # -- memory

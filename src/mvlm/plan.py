@@ -133,8 +133,8 @@ def work(model: MobileVLM, text: int) -> Work:
     """Count the FLOPs of one sample, a picture and `text` words, by running a meta model forward and backward.
 
     What has its gradients off is counted as torch would run it: a frozen tower has no backward at all, a frozen
-    language model still passes gradients through to the projector. Logits are made at every word, as the reference
-    does.
+    language model still passes gradients through to the projector. Logits are made at every word, and the last layer
+    is computed at the picture's positions, too, as the reference does (`LastLayer` spares that).
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode

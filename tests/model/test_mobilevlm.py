@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
@@ -151,6 +152,21 @@ def test_training_run(released):
     }
     assert moved == pytest.approx(facts["moved_l2"], rel=1e-3)  # Adam turns rounding of tiny gradients into whole steps
     assert all(torch.equal(end[name], start[name]) for name in end if name.startswith("vision."))
+
+
+def test_after_the_last_attention_only_what_is_read_is_computed(released):
+    """Loss and gradients are those of the logits at all positions, where a hook sees the last feed-forward half given labelled ones alone."""
+    model, batch = copy.deepcopy(released.model), training_batch(released, "v1")
+    learning = [p for p in model.parameters() if p.requires_grad]
+    wanted = cross_entropy(model.logits(batch)[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
+    gradients, given = torch.autograd.grad(wanted, learning, allow_unused=True), []
+    for layer in model.language.model.layers[-2:]:
+        layer.mlp.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].shape[:2].numel()))
+    loss = model(batch)
+    assert given == [batch.attention_mask.numel(), loss.tokens] and loss.tokens < batch.attention_mask.sum()
+    torch.testing.assert_close(loss.total, wanted, rtol=1e-6, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(loss.total, learning, allow_unused=True), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
 def test_text_alone_still_reaches_the_projector(released):

@@ -9,8 +9,8 @@ With `keep_features=true` ours encodes each picture once, before its first step,
 (`recipe.cache_features`); the time that takes is a part of its time, and the tower counts as useful once a picture.
 
 Useful arithmetic is counted, not assumed: the products that one dialogue needs without padding, with a frozen tower's last block
-left out, attention below its diagonal and logits at labelled positions alone, whatever a way really computes. Its rate stands beside
-the rate of plain matrix products, measured in each of those processes before its round.
+left out, attention below its diagonal, logits and the last layer's feed-forward half at labelled positions alone, whatever a way really
+computes. Its rate stands beside the rate of plain matrix products, measured in each of those processes before its round.
 """
 
 from __future__ import annotations
@@ -283,7 +283,9 @@ def needed(net: MobileVLM, words: int) -> int:
     head = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
     # Six products of length x length a head: two forward, four backward. Torch counts them whole.
     hidden_half = 6 * 2 * (length**2 - length * (length + 1) // 2) * sizes.num_attention_heads * head
-    return counter.get_total_flops() - hidden_half * sizes.num_hidden_layers
+    # Three products of the last layer at positions that nothing reads: forward, and two more backward.
+    unread = 3 * 2 * 3 * (length - words // 2) * sizes.hidden_size * sizes.intermediate_size
+    return counter.get_total_flops() - hidden_half * sizes.num_hidden_layers - unread
 
 
 def matrix_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
 from mvlm.model.attention import PACKS, documents
@@ -21,6 +22,18 @@ class Loss(NamedTuple):
 
     total: Tensor
     tokens: int
+
+
+class LastLayer(LlamaDecoderLayer):
+    """LLaMA's, which computes and gives only the positions that are read afterwards, if it is told which; all are attended to."""
+
+    def forward(self, hidden_states: Tensor, read: Tensor | None = None, **more) -> Tensor:
+        """(B, T, D) -> (B, T, D); with `read`, R places in the rows one after the other, -> (1, R, D)."""
+        if read is None:
+            return super().forward(hidden_states, **more)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **more)
+        chosen = (hidden_states + attended).flatten(0, 1)[read][None]
+        return chosen + self.mlp(self.post_attention_layernorm(chosen))
 
 
 class MobileVLM(nn.Module):
@@ -36,6 +49,8 @@ class MobileVLM(nn.Module):
         super().__init__()
         self.vision = vision
         self.language = language
+        if type(language.model.layers[-1]) is LlamaDecoderLayer:
+            language.model.layers[-1].__class__ = LastLayer
         self.projector = projector(vision.width, language.get_input_embeddings().embedding_dim)
         with torch.no_grad():
             device = next(language.parameters()).device
@@ -119,17 +134,20 @@ class MobileVLM(nn.Module):
         Where attention can keep documents apart (`mvlm.model.attention.PACKS`), the samples lie one after the other in one row and
         nothing is computed for padding. Elsewhere padding is on the right, so a causal mask already hides it from every real
         position and no other mask is needed. Logits are made for labelled positions only: at 49k words they would otherwise cost a
-        fifth of the step.
+        fifth of the step. So is the feed-forward half of a LLaMA's last layer (`LastLayer`).
         """
         attention = self.language.config._attn_implementation
         packed, real = attention in PACKS, batch.attention_mask
-        learned = batch.labels[:, 1:] != IGNORE_INDEX
+        labels = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # of the word that follows
+        labels = labels[real] if packed else labels.flatten()
+        read = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         embedded, more = self.inputs(batch, packed), documents(real.sum(1), attention) if packed else {}
-        hidden = self.language.model(inputs_embeds=embedded, use_cache=False, **more).last_hidden_state
-        chosen = hidden[0, functional.pad(learned, (0, 1))[real]] if packed else hidden[:, :-1][learned]
-        logits = self.language.lm_head(chosen)
-        total = cross_entropy(logits.float(), batch.labels[:, 1:][learned], reduction="sum")
-        return Loss(total, int(learned.sum()))
+        if last := isinstance(self.language.model.layers[-1], LastLayer):
+            more["read"] = read
+        hidden = self.language.model(inputs_embeds=embedded, use_cache=False, **more).last_hidden_state.flatten(0, 1)
+        logits = self.language.lm_head(hidden if last else hidden[read])
+        total = cross_entropy(logits.float(), labels[read], reduction="sum")
+        return Loss(total, len(read))
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits at every position, (B, T, V), padding on either side masked."""
