@@ -27,7 +27,7 @@ def main(cfg) -> None:
     from mvlm.chat import Chat, converse
 
     chat = Chat.open(cfg.run, max_new_tokens=cfg.max_new_tokens)
-    chat.model.to(build.device(cfg.device), build.autocast_type(build.precision(cfg.precision)))
+    chat.model.to(build.device(cfg.device), build.autocast_type(build.precision(cfg.precision, cfg.device)))
     converse(chat, cfg.image, cfg.prompt)
 
 

@@ -125,14 +125,17 @@ def device(wanted: str = "auto") -> torch.device:
     return torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def precision(wanted: str = "auto") -> str:
+def precision(wanted: str = "auto", device: str = "auto") -> str:
     """Lightning's word for the precision: bfloat16 where the hardware multiplies it, else float32.
 
     A processor without bfloat16 instructions emulates them several times slower than float32.
+
+    Args:
+        device: `cpu`, or else this machine's GPU if it has one.
     """
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device != "cpu":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16-mixed" if any(f in flags for f in ("avx512_bf16", "amx_bf16", " bf16")) else "32-true"

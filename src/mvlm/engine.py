@@ -149,7 +149,7 @@ def load(cfg: DictConfig, stage: str, mixture: Mixture) -> Load:
     labelled = max(sum(label >= 0 for label in one.labels) for one in encoded)
     trained = any(group["name"] == "language" for group in groups)
     kept = activations(model.language.config, positions, labelled, trained)
-    half = build.autocast_type(build.precision(cfg.trainer.precision)) is not None
+    half = build.autocast_type(build.precision(cfg.trainer.precision, cfg.trainer.accelerator)) is not None
     whole, again = (
         size * (one + kept.logits) * (1 if half else 2) for one in (kept.kept, kept.checkpointed)
     )  # the plan is for bfloat16

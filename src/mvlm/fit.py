@@ -183,7 +183,7 @@ def stage(
     recipe, folder = cfg.recipe[name], run.folder / name
     trainer_arguments = OmegaConf.to_container(cfg.trainer, resolve=True)
     trainer_arguments |= {
-        "precision": build.precision(cfg.trainer.precision),
+        "precision": build.precision(cfg.trainer.precision, cfg.trainer.accelerator),
         "strategy": engine.strategy(how, trainer_arguments["strategy"], world),
     }
     autocast = build.autocast_type(trainer_arguments["precision"])

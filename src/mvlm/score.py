@@ -180,7 +180,7 @@ def run(
     @cache
     def ready() -> MobileVLM:
         # In its type once; autocast would convert the weights again for every batch.
-        return model().to(build.device(device), build.autocast_type(build.precision(precision)))
+        return model().to(build.device(device), build.autocast_type(build.precision(precision, device)))
 
     results = evaluate(
         ready,

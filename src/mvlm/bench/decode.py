@@ -27,10 +27,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from mvlm import build
+from mvlm import build, plan
 from mvlm.batch import IMAGE_TOKEN
 from mvlm.benchmark.answer import _generate, read
 from mvlm.model.decode import Decoders
@@ -162,9 +161,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _show(measured: dict[str, Any]) -> None:
-    table = Table(title=measured["what"], title_justify="left")
-    for number, column in enumerate(("way", "tokens/s", "of the limit", "seconds a round")):
-        table.add_column(column, justify="right" if number else "left")
+    table = plan.new_table(measured["what"], "way", "tokens/s", "of the limit", "seconds a round")
     for name, way in measured["ways"].items():
         rounds = " ".join(f"{s:.2f}" for s in way["seconds"])
         table.add_row(name, f"{way['tokens_per_second']:.2f}", f"{way['share']:.1%}", rounds)

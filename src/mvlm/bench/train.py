@@ -36,7 +36,6 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -402,16 +401,18 @@ def _told(
 
 
 def _show(measured: dict[str, Any]) -> None:
-    table = Table(title=measured["what"], title_justify="left")
-    for number, column in enumerate(
-        ("way", "image tokens", "samples/s", "tokens/s", "useful", "padding", "waited", "peak")
+    ways = measured["ways"].values()
+    table = plan.new_table(measured["what"], "", *measured["ways"])
+    for row, key, form in (
+        ("image tokens", "image_tokens", "{}"),
+        ("samples/s", "samples_per_second", "{:.2f}"),
+        ("tokens/s, without padding", "tokens_per_second", "{:.0f}"),
+        ("useful share of matrix rate", "share", "{:.1%}"),
+        ("padding", "padding", "{:.1%}"),
+        ("waited for data", "waited", "{:.1%}"),
+        ("peak memory, GB", "peak_bytes", "{:.1f}"),
     ):
-        table.add_column(column, justify="right" if number else "left")
-    for name, way in measured["ways"].items():
-        table.add_row(
-            name, str(way["image_tokens"]), f"{way['samples_per_second']:.2f}", f"{way['tokens_per_second']:.0f}", f"{way['share']:.1%}",
-            f"{way['padding']:.1%}", f"{way['waited']:.1%}", f"{way['peak_bytes'] / 1e9:.1f} GB",
-        )  # fmt: skip
+        table.add_row(row, *(form.format(way[key] / 1e9 if key == "peak_bytes" else way[key]) for way in ways))
     Console().print(table)
-    told = f"matrix products: {measured['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s, of which `useful` is the share"
+    told = f"matrix products: {measured['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s"
     Console().print(f"{told}; ratio of samples/s: {measured['ratio']:.2f}", soft_wrap=True)
