@@ -15,6 +15,8 @@ from wandb.util import get_core_path
 from mvlm.resume import REQUEUE
 from mvlm.run import Run
 
+pytestmark = pytest.mark.slow  # seven processes, each with W&B's own beside it; CI runs them
+
 WORDS = ["model=nano", "data=v1", "strategy=freeze_llm", "recipe.clip=2.0", "trainer=cpu", "seed=3", "cell=my-own-name"]
 
 SCRIPT = """

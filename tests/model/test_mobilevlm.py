@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Batch
 from mvlm.model.names import model_names
@@ -167,6 +168,10 @@ def test_after_the_last_attention_only_what_is_read_is_computed(released):
     torch.testing.assert_close(loss.total, wanted, rtol=1e-6, atol=0)
     for ours, theirs in zip(torch.autograd.grad(loss.total, learning, allow_unused=True), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    model.language.model.layers[
+        -1
+    ].__class__ = LlamaDecoderLayer  # as another kind of decoder, whose layers know nothing of this
+    torch.testing.assert_close(model(batch).total, wanted, rtol=1e-6, atol=0)
 
 
 def test_text_alone_still_reaches_the_projector(released):
