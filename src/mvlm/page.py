@@ -94,9 +94,10 @@ def spread(items: Sequence[T], number: int) -> list[T]:
 
 
 def picture_of(image: Path | bytes, side: int = 256) -> Image.Image:
-    """A picture, shrunk to at most `side` pixels wide and high."""
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
-        picture = picture.convert("RGB")
+    """A picture as the model is shown it, shrunk to at most `side` pixels wide and high."""
+    from mvlm.data.image import open_picture
+
+    picture = open_picture(image)
     picture.thumbnail((side, side))
     return picture
 
