@@ -14,6 +14,7 @@ import sys
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -322,12 +323,20 @@ def test_llama_cpps_own_page_answers_about_a_picture(folder, browser):
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_end(folder):
     command = [sys.executable, str(ROOT / "chat.py"), f"gguf={folder}", "serve=true", "port=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as running:
-        line = next(line for line in running.stdout if "answers at" in line)
-        address = line.split("answers at ")[1].split()[0]
-        with urllib.request.urlopen(f"{address}/health") as answer:
-            assert answer.status == 200
-        os.killpg(running.pid, signal.SIGINT)
-        assert running.wait(90) == 0 and "ended" in running.stdout.read()
+    listens = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # which a process in the background, or of xdist, does not
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listens
+    ) as running:
+        try:
+            line = next(line for line in running.stdout if "answers at" in line)
+            address = line.split("answers at ")[1].split()[0]
+            with urllib.request.urlopen(f"{address}/health") as answer:
+                assert answer.status == 200
+            os.killpg(running.pid, signal.SIGINT)
+            assert running.wait(90) == 0 and "ended" in running.stdout.read()
+        finally:
+            running.kill()
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"{address}/health")
