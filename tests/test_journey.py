@@ -121,6 +121,12 @@ def test_an_interrupted_cell_goes_on_with_its_second_stage(shell, trained: Run) 
 
 
 @pytest.mark.slow
+def test_a_folder_of_another_configuration_is_refused(shell, trained: Run) -> None:
+    told = shell("train.py", "model=nano", f"cell={trained.folder.name}", "recipe.clip=2.0", ok=False).stderr
+    assert "recipe.clip: 1.0 there, 2.0 here" in told and "Traceback" not in told
+
+
+@pytest.mark.slow
 def test_evaluate_scores_again_without_a_model(shell, trained: Run) -> None:
     weights = trained.folder / "finetune" / "model.safetensors"
     gone = weights.rename(weights.with_suffix(".away"))
@@ -266,15 +272,14 @@ def test_bad_data_is_told_in_one_line(shell) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_one_step_learns_nothing_and_is_refused(configure, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_one_step_learns_nothing_and_is_refused(shell) -> None:
     """The schedule's first step has rate zero (as the reference's), so a stage of one step would change no weight."""
-    (tmp_path / "one.json").write_text(json.dumps([GOOD]))
-    words = ("data=custom", f"data.finetune=[{tmp_path / 'one.json'}]", "data.images=.", f"runs={tmp_path}", "cell=one")
-    cfg = configure("model=nano", *words)
-    files = build.corpus(cfg)
-    data = {"pretrain": None, "finetune": build.mixture(cfg, "finetune", files, build.tokenizer(cfg), 16)}
-    with pytest.raises(ValueError, match="finetune has 1 step of"):
-        fit.check(cfg, data, Run.open(cfg), files)
+    (shell.folder / "one.json").write_text(json.dumps([GOOD]))
+    done = shell(
+        "train.py", "model=nano", "data=custom", "data.finetune=[one.json]", "data.images=.", "logger=csv", ok=False
+    )
+    assert "finetune has 1 step" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -125,6 +125,11 @@ def device(wanted: str = "auto") -> torch.device:
     return torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
+def on_gpu(device: str = "auto") -> bool:
+    """Whether a device, or Lightning's accelerator, is this machine's GPU: all but `cpu` are, where there is one."""
+    return torch.cuda.is_available() and device != "cpu"
+
+
 def precision(wanted: str = "auto", device: str = "auto") -> str:
     """Lightning's word for the precision: bfloat16 where the hardware multiplies it, else float32.
 
@@ -135,7 +140,7 @@ def precision(wanted: str = "auto", device: str = "auto") -> str:
     """
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available() and device != "cpu":
+    if on_gpu(device):
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16-mixed" if any(f in flags for f in ("avx512_bf16", "amx_bf16", " bf16")) else "32-true"

@@ -89,7 +89,7 @@ def chosen(cfg: DictConfig, stage: str, mixture: Mixture, world: int) -> tuple[s
         raise ValueError(f"checkpointing is true, false or auto, not {cfg.checkpointing!r}")
     told = f"{stage}: {engine} on {world} devices, as trainer.strategy says"
     again = (False, True) if cfg.checkpointing == "auto" else (cfg.checkpointing,)
-    gpu = on_gpu(cfg.trainer.accelerator)
+    gpu = build.on_gpu(cfg.trainer.accelerator)
     if engine == "auto" and world == 1 and not gpu:  # its memory may swap, and nobody else wants it
         return "plain", f"{stage}: plain, on one processor", again[0]
     if engine != "auto" and not gpu:
@@ -113,14 +113,9 @@ def check_deepspeed() -> None:
         )
 
 
-def on_gpu(accelerator: str) -> bool:
-    """Whether Lightning's accelerator is this machine's GPUs."""
-    return torch.cuda.is_available() and accelerator != "cpu"
-
-
 def device_memory(accelerator: str, here: int) -> int:
     """Bytes that each of `here` devices of this machine has: of the smallest GPU, or its share of the machine's."""
-    if on_gpu(accelerator):
+    if build.on_gpu(accelerator):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     return physical_memory() // here
 

@@ -214,7 +214,7 @@ def stage(
     compute_again(model.language, again)
     adapters = lora.attach(model.language, **cfg.strategy[name].lora) if cfg.strategy[name].get("lora") else None
     mixture, held_out = hold_out(data[name], HELD_OUT)
-    on_gpu, decoded = engine.on_gpu(cfg.trainer.accelerator), any(d.features is None for d in mixture.datasets)
+    on_gpu, decoded = build.on_gpu(cfg.trainer.accelerator), any(d.features is None for d in mixture.datasets)
     loading = world // cfg.trainer.num_nodes if on_gpu and decoded else 0
     workers = worker_count(cfg.workers, loading, recipe.batch // world * 3 * 4 * model.image_size**2)
     loader = StepData(

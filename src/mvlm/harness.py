@@ -74,7 +74,7 @@ class MVLM(lmms):
             raise ValueError(f"dtype is auto, float32, bfloat16 or float16, not {dtype!r}")
         if device is None:  # LOCAL_RANK: set where the harness is started in several processes
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        found = build.autocast_type(build.precision("auto")) if dtype == "auto" else getattr(torch, dtype)
+        found = build.autocast_type(build.precision("auto", device)) if dtype == "auto" else getattr(torch, dtype)
         chat = Chat.open(str(run))
         self.words, self.talk, self.pictures = chat.words, chat.talk, chat.pictures
         self.model = chat.model.to(device, found or torch.float32)

@@ -262,10 +262,10 @@ def fits(cfg: DictConfig, made: Plan, world: int, jobs: int) -> None:
     """
     import torch
 
-    from mvlm import engine
+    from mvlm import build, engine
     from mvlm.plan import states
 
-    on_gpu = engine.on_gpu(cfg.trainer.accelerator)
+    on_gpu = build.on_gpu(cfg.trainer.accelerator)
     kind, there = (
         ("GPU", torch.cuda.get_device_properties(0).total_memory) if on_gpu else ("machine", physical_memory())
     )

@@ -323,9 +323,8 @@ def test_llama_cpps_own_page_answers_about_a_picture(folder, browser):
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_end(folder):
     command = [sys.executable, str(ROOT / "chat.py"), f"gguf={folder}", "serve=true", "port=0"]
-    listens = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # which a process in the background, or of xdist, does not
+    # A process in the background, or one of xdist, does not.
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listens
     ) as running:

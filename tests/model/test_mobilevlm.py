@@ -168,9 +168,8 @@ def test_after_the_last_attention_only_what_is_read_is_computed(released):
     torch.testing.assert_close(loss.total, wanted, rtol=1e-6, atol=0)
     for ours, theirs in zip(torch.autograd.grad(loss.total, learning, allow_unused=True), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, **TOLERANCE)
-    model.language.model.layers[
-        -1
-    ].__class__ = LlamaDecoderLayer  # as another kind of decoder, whose layers know nothing of this
+    # As another kind of decoder, whose layers know nothing of this.
+    model.language.model.layers[-1].__class__ = LlamaDecoderLayer
     torch.testing.assert_close(model(batch).total, wanted, rtol=1e-6, atol=0)
 
 

@@ -176,9 +176,8 @@ class Stage(L.LightningModule):
             learning = [p for g in self.groups for p in g["params"]]
             gradients = [p.grad for p in learning if p.grad is not None]
             norm = float(total := torch.nn.utils.get_total_norm(gradients))
-            if (
-                gradient_clip_val and norm > gradient_clip_val
-            ):  # torch's own function multiplies every gradient, by one too
+            # Torch's own function multiplies every gradient, by one too.
+            if gradient_clip_val and norm > gradient_clip_val:
                 torch.nn.utils.clip_grads_with_norm_(learning, gradient_clip_val, total)
         if self._given_up(norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient, its moments, too
