@@ -1,6 +1,6 @@
 # Every target first makes .venv and installs the pinned packages, unless that is done: nothing needs to be set up by hand.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check setup
+.PHONY: help demo test test-slow gpu check setup
 run := .venv/bin/python
 
 help: ## this list
@@ -16,6 +16,13 @@ test: setup ## the fast tests, on a CPU
 
 test-slow: setup ## the tests that train
 	@$(run) -m pytest -q -m slow
+
+gpu: setup ## the tests that need a GPU, then the benches at 1.7b dimensions (80 GB)
+	@$(run) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: there is no GPU here')"
+	@$(run) -m pytest -q -m gpu
+	$(run) bench.py target=train model=1.7b projector=pw2 micro_batch=32
+	$(run) bench.py target=train model=1.7b projector=ldpv2 micro_batch=32
+	$(run) bench.py target=decode model=1.7b
 
 check: setup ## style, then the fast tests
 	@$(run) -m ruff check

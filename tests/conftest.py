@@ -1,9 +1,11 @@
-"""What every test shares: one thread, no network, a cache of its own for what is generated, the nano model."""
+"""What every test shares: one thread, no network, no GPU, a cache of its own for what is generated, the nano model."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: pools of several tests would fight for two cores
@@ -17,6 +19,19 @@ from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests find the same machine everywhere, one without a GPU, but for those that need one: `pytest -m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # before torch is asked for any; scripts that a test starts see none either
+        )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +59,23 @@ def trained_bpe():
 def nano_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where the nano corpus is generated, once a session."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def shell(nano_cache: Path, tmp_path_factory: pytest.TempPathFactory):
+    """`shell("train.py", "model=nano")`: a script in a folder of its own, as from a terminal."""
+    folder = tmp_path_factory.mktemp("shell")
+    env = os.environ | {"MVLM_CACHE": str(nano_cache), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
+    env["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 is float32 on a GPU, too
+
+    def run(script: str, *words: str, ok: bool = True, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+        command = [sys.executable, *launch, str(ROOT / script), *words]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
+        assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
+        return done
+
+    run.folder = folder
+    return run
 
 
 @pytest.fixture

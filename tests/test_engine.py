@@ -608,3 +608,33 @@ def test_a_step_of_deepspeed_that_diverges(deepspeed, nano_cache, tmp_path, monk
 def test_a_killed_stage_of_deepspeed_goes_on(deepspeed, one_and_two, tmp_path, words: list[str]) -> None:
     one, _ = one_and_two(train, *words)
     goes_on(tmp_path, (tmp_path / "one", tmp_path / "two"), one, *words, *ON_TWO)
+
+
+# ---------------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.fixture(scope="module")
+def on_a_processor(shell) -> dict[str, list[float]]:
+    """The losses of a cell's stages in float32."""
+    return losses(shell, "processor", "trainer=cpu")
+
+
+def losses(shell: Callable, cell: str, *words: str) -> dict[str, list[float]]:
+    shell("train.py", *SHARED, f"cell={cell}", "evaluate=false", *words)
+    stages = {stage: shell.folder / "runs" / cell / stage / "stage.json" for stage in build.STAGES}
+    return {stage: [step["loss"] for step in json.loads(file.read_text())["history"]] for stage, file in stages.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trainer", ["auto", "ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_gpus_train_as_a_processor(shell, on_a_processor, trainer: str, attention: str) -> None:
+    """Two of them, where there are two. Kernels add in an order of their own, 1e-7 of a loss, and Adam makes steps of such noise: 1e-3 is
+    asked for, where processors that add in one order come to 1e-5."""
+    if trainer.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra `scale`)")
+    words = [f"trainer={trainer}", "trainer.accelerator=gpu", f"trainer.devices={min(2, torch.cuda.device_count())}"]
+    words += ["trainer.precision=32-true", f"+model.module.language.config.attn_implementation={attention}"]
+    found = losses(shell, f"{trainer}-{attention}", *words)
+    for stage, wanted in on_a_processor.items():
+        assert found[stage] == pytest.approx(wanted, rel=1e-3), stage

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -19,22 +16,6 @@ from mvlm.page import CONTROLS
 from mvlm.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def shell(nano_cache: Path, tmp_path_factory: pytest.TempPathFactory):
-    """`shell("train.py", "model=nano")`: a script in a folder of its own, as from a terminal."""
-    folder = tmp_path_factory.mktemp("journey")
-    env = os.environ | {"MVLM_CACHE": str(nano_cache), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
-
-    def run(script: str, *words: str, ok: bool = True, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        command = [sys.executable, *launch, str(ROOT / script), *words]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
-        assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
-        return done
-
-    run.folder = folder
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -303,26 +284,30 @@ def test_two_processes_train_as_one(shell) -> None:
     assert histories["two"] == pytest.approx(histories["one"], rel=1e-4)
 
 
-@pytest.mark.slow
-def test_another_device_trains_and_answers_as_the_processor(shell) -> None:
-    """On a device that takes no tensor of the processor's (`tests/elsewhere.py`): the whole journey, pictures encoded there, too. In
-    float32 the losses are the same up to sums in another order, and so are all answers but for a tie. The samples of a batch lie in one
-    row, as the pocket model has them."""
+@pytest.mark.parametrize(
+    "device, rel",
+    [pytest.param("elsewhere", 1e-5, marks=pytest.mark.slow), pytest.param("gpu", 1e-3, marks=pytest.mark.gpu)],
+)
+def test_another_device_trains_and_answers_as_the_processor(shell, device: str, rel: float) -> None:
+    """The whole journey on a GPU, and on a device that takes no tensor of the processor's (`tests/elsewhere.py`): pictures encoded there,
+    too. In float32 the losses are the same up to sums in another order, which a GPU's kernels also cut up otherwise, and so are all
+    answers but for a tie. The samples of a batch lie in one row, as the pocket model has them."""
     folder, told, said, talked = shell.folder / "runs", {}, {}, {}
-    for cell in ("cpu", "elsewhere"):
-        launch = () if cell == "cpu" else (str(ROOT / "tests/elsewhere.py"),)
+    for cell in ("cpu", device):
+        launch = (str(ROOT / "tests/elsewhere.py"),) if cell == "elsewhere" else ()
         words = [f"trainer.accelerator={cell}", "trainer.devices=1", "trainer.precision=32-true", f"cell={cell}"]
-        words += ["val_every=5", "val_items=4", "checkpoint_every=3", "features=encoded", "logger=csv"]
+        words += ["val_every=5", "val_items=4", "checkpoint_every=3", f"features=for-{device}", "logger=csv"]
         words += ["benchmark=[gqa,pope]", "+model.module.language.config.attn_implementation=grouped"]
-        shell("train.py", "model=nano", *words, launch=launch)
-        stages = [json.loads((folder / cell / stage / "stage.json").read_text()) for stage in build.STAGES]
+        shell("train.py", "model=nano", f"runs=runs/{device}", *words, launch=launch)
+        stages = [json.loads((folder / device / cell / stage / "stage.json").read_text()) for stage in build.STAGES]
         told[cell] = [entry["loss"] for stage in stages for entry in stage["history"]]
-        files = sorted((folder / cell / "answers").glob("*.jsonl"))
+        files = sorted((folder / device / cell / "answers").glob("*.jsonl"))
         said[cell] = [line for file in files for line in file.read_text().splitlines()]
         picture, more = f"image={ROOT / 'tests/reference/images/img0.png'}", ("precision=32-true", "max_new_tokens=8")
-        talked[cell] = shell("chat.py", f"run=runs/{cell}", picture, "prompt=What?", *more, launch=launch).stdout
-    assert told["elsewhere"] == pytest.approx(told["cpu"], rel=1e-5)
-    same = [a == b for a, b in zip(said["cpu"], said["elsewhere"], strict=True)]
+        asked = (f"run=runs/{device}/{cell}", picture, "prompt=What?", *more, *["device=cpu"] * (cell == "cpu"))
+        talked[cell] = shell("chat.py", *asked, launch=launch).stdout
+    assert told[device] == pytest.approx(told["cpu"], rel=rel)
+    same = [a == b for a, b in zip(said["cpu"], said[device], strict=True)]
     assert len(same) == 3 * (19 + 24) and sum(same) >= 0.98 * len(same)
-    assert len(list((shell.folder / "encoded").iterdir())) == 2, "each device encoded its own pictures"
-    assert talked["elsewhere"] == talked["cpu"]
+    assert len(list((shell.folder / f"for-{device}").iterdir())) == 2, "each device encoded its own pictures"
+    assert talked[device] == talked["cpu"]

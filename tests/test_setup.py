@@ -171,6 +171,11 @@ def make(*arguments: str) -> str:
     return done.stdout
 
 
+def test_no_test_sees_a_gpu():
+    """Nor does what it starts: else figures that are equal to the bit here would differ where there is one."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
 def test_make_alone_lists_every_target():
     listed = re.findall(r"^  make (\S+)", make(), re.MULTILINE)
@@ -178,7 +183,7 @@ def test_make_alone_lists_every_target():
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
-@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "check"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "gpu", "check"])
 def test_make_sets_up_before_anything_else(target):
     first, *others = make("--dry-run", target).splitlines()
     assert first == "./setup.sh"

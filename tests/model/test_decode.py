@@ -181,7 +181,7 @@ def test_one_compilation_serves_all_layers():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[9], [4, 9, 1, 7]])
 @torch.no_grad()
 def test_a_replayed_graph_gives_the_same_tokens(lengths):
