@@ -5,8 +5,8 @@
     python doctor.py data=custom data.finetune=[mine.json] data.images=pictures/ report=checked/
     python doctor.py replay=runs/<run>/finetune/diverged-120.json     a step that diverged: the loss of each of its samples
 
-Missing, corrupt, blanked (no label left), too long; token histograms. The report and the list of records to leave out
-are written where `report` says. The exit code is 1 if more than 0.1 % of a source would teach nothing.
+Missing, corrupt, blanked (no label left), too long; token histograms. The report and the list of records to leave out (train.py
+exclude=doctor/exclude.json) are written where `report` says. The exit code is 1 if more than 0.1 % of a source would teach nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def main(cfg) -> None:
     files, words = build.corpus(cfg), build.tokenizer(cfg)
     stages = [build.mixture(cfg, stage, files, words, image_tokens, on_bad_sample="skip") for stage in build.STAGES]
     report = examine([dataset for mixture in stages if mixture for dataset in mixture.datasets])
-    Console().print(report.table())
     report.save(cfg.report)
+    Console().print(*report.tables(), f"all that was found is in {cfg.report}/doctor.json", sep="\n")
     check_blanked(report)
 
 

@@ -220,20 +220,48 @@ def test_bad_data_is_refused_before_any_work(configure, tmp_path: Path, name: st
         build.mixture(cfg, "finetune", build.corpus(cfg), build.tokenizer(cfg), 16)
 
 
-@pytest.mark.slow  # a script of its own; CI runs it
-def test_doctor_counts_what_is_wrong(shell) -> None:
-    """A missing and a corrupt picture and a blanked dialogue, each found, counted and listed; the exit code tells."""
+@pytest.mark.slow
+def test_doctor_counts_what_is_wrong_and_training_goes_without(shell) -> None:
+    """A missing and a corrupt picture and a blanked dialogue, each found, counted and listed; the exit code tells. All three stop a
+    training, which does without them if it is given the list."""
     blank = {"id": 3, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": ""}]}
     pictures = shell.folder / "pictures"
     pictures.mkdir()
     (pictures / "torn.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    records = [GOOD, GOOD | {"image": "gone.jpg"}, GOOD | {"image": "torn.jpg"}, blank]
+    records = [*[GOOD] * 8, GOOD | {"image": "gone.jpg"}, GOOD | {"image": "torn.jpg"}, blank]
     (shell.folder / "sick.json").write_text(json.dumps(records))
-    words = ("data=custom", "data.finetune=[sick.json]", "data.images=pictures", "report=checked")
-    done = shell("doctor.py", "model=nano", *words, ok=False)
+    words = ("model=nano", "data=custom", "data.finetune=[sick.json]", "data.images=pictures")
+    done = shell("doctor.py", *words, "report=checked", ok=False)
     assert "no label" in done.stderr and "Traceback" not in done.stderr
     told = "".join(path.read_text() for path in (shell.folder / "checked").glob("*.json"))
     assert all(word in told for word in ("missing", "corrupt", "blanked"))
+
+    frozen = "strategy.finetune.rates.projector=null"
+    training = ("train.py", *words, "evaluate=false", "logger=csv", frozen)
+    assert "exclude=doctor/exclude.json trains without" in shell(*training, ok=False).stderr
+    done = shell(*training, "exclude=checked/exclude.json", "cell=healed")
+    assert "trained without 3 of sick.json, as checked/exclude.json says" in " ".join(done.stdout.split())
+    run = Run(shell.folder / "runs" / "healed")
+    assert json.loads((run.folder / "finetune" / "stage.json").read_text())["samples"] == {"sick.json": 8}
+    assert "exclude" in run.facts["data_sha256"]
+    shell("doctor.py", *words, "report=again", "exclude=checked/exclude.json")
+
+
+def test_text_alone_cannot_teach_a_projector(configure, tmp_path: Path) -> None:
+    """Else the stage ends with weights that did not move, and is not saved."""
+    (tmp_path / "text.json").write_text(json.dumps([GOOD] * 12))
+    own = ["model=nano", "data=custom", f"data.finetune=[{tmp_path / 'text.json'}]", f"runs={tmp_path}", "trainer=cpu"]
+    frozen = "strategy.finetune.rates.projector=null"
+
+    def checked(*words: str) -> None:
+        cfg = configure(*own, *words)
+        files = build.corpus(cfg)
+        data = {"pretrain": None, "finetune": build.mixture(cfg, "finetune", files, build.tokenizer(cfg), 16)}
+        fit.check(cfg, data, Run.open(cfg), files)
+
+    with pytest.raises(ValueError, match=f"shows no picture in 12 samples.* or freeze it: {frozen}$"):
+        checked("cell=learns")
+    checked("cell=frozen", frozen)
 
 
 def test_dialogues_without_labels_stop_a_run(configure, tmp_path: Path) -> None:

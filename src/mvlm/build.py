@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from mvlm.data.corpus import Corpus, sources_of
 from mvlm.data.dataset import LlavaDataset
+from mvlm.data.doctor import read_exclusions
 from mvlm.data.image import Pictures
 from mvlm.data.mixture import Mixture
 from mvlm.data.prompt import Template, template
@@ -93,12 +94,12 @@ def asking(cfg: DictConfig, words: Tokenizer, model: Callable[[], MobileVLM]) ->
 def mixture(
     cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int, on_bad_sample: str | None = None
 ) -> Mixture | None:
-    """A stage's samples, checked record by record; None if the stage has no data.
+    """A stage's samples, checked record by record, without those that `exclude` lists; None if the stage has no data.
 
     Args:
         on_bad_sample: `stop` or `skip`; as the configuration has it if None.
     """
-    names = list(cfg.data[stage])
+    names, listed = list(cfg.data[stage]), cfg.get("exclude")
     if not names:
         return None
     return Mixture(
@@ -113,6 +114,7 @@ def mixture(
                 max_length=cfg.recipe.max_length,
                 source=source.name,
                 on_bad_sample=on_bad_sample or cfg.on_bad_sample,
+                exclude=read_exclusions(listed, source.name, source.annotations) if listed else (),
             )
             for source in sources_of(files, names, cfg.data.images)
         ],

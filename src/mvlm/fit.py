@@ -40,7 +40,7 @@ from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.run import AXES, Run, content, first_process, overridden, write_json
+from mvlm.run import AXES, Run, content, file_hash, first_process, overridden, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
 from mvlm.strategy.features import encode_pictures
@@ -61,15 +61,15 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     """Everything that could be wrong with a run, before any work: rates, batches, labels; then say what will be trained.
 
     Raises:
-        ValueError: no data, an unknown start, no number of workers, a strategy that misses a part, a batch that cannot be split, too many
-            bad records, too many dialogues without labels, a validation that cannot be.
+        ValueError: no data, an unknown start, no number of workers, a strategy that misses a part, a batch that cannot be split, no
+            picture for what only pictures teach, too many bad records, too many dialogues without labels, a validation that cannot be.
     """
     world, engines, why = world_size(cfg.trainer), {}, []
     worker_count(cfg.workers, 0, 1)
     for stage, mixture in data.items():
         if mixture is not None and not run.finished(stage):
             engines[stage], told, _ = engine.chosen(cfg, stage, mixture, world)
-            why.append(told)
+            why += [told] if world > 1 else []
     validation(cfg, files, engines.values())
     if not any(data.values()):
         raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
@@ -90,14 +90,24 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
                 f"{stage} has 1 step of {cfg.recipe[stage].batch} samples, and the first step's learning rate is zero (warm-up): "
                 f"nothing would learn from {len(mixture)} samples. Give it more data, or a smaller recipe.{stage}.batch"
             )
+        idle = [part for part, rate in rates.items() if rate and part != "language"]
+        if idle and not (mixture.lengths > 0).any():
+            raise ValueError(
+                f"{stage} shows no picture in {len(mixture)} samples, so nothing would be learned by what only pictures teach. Add samples that "
+                f"have one, or freeze it: {' '.join(f'strategy.{stage}.rates.{part}=null' for part in idle)}"
+            )
         Skips(stage, mixture)
         check_labels(stage, mixture)
         for number, (source, count) in enumerate(mixture.counts.items()):
             told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
         hashes |= {f"{stage}/{d.source}": d.sha256 for d in mixture.datasets}
+        if cfg.get("exclude"):
+            left_out = ", ".join(f"{d.excluded:,} of {d.source}" for d in mixture.datasets)
+            why.append(f"{stage}: trained without {left_out}, as {cfg.exclude} says")
+            hashes["exclude"] = file_hash(Path(cfg.exclude))
     run.note(data_sha256=hashes)
-    Console(quiet=not first_process()).print(table, *(why if world > 1 else []), sep="\n")
+    Console(quiet=not first_process()).print(table, *why, sep="\n")
 
 
 def check_labels(stage: str, mixture: Mixture) -> None:
@@ -115,7 +125,7 @@ def check_labels(stage: str, mixture: Mixture) -> None:
         raise ValueError(
             f"{stage}: {len(blanked)} of {len(looked_at)} dialogues looked at teach nothing, for they have no label (limit "
             f"{BLANKED_LIMIT:.1%}), the first: {blanked[0]}. Their answers are empty or lie beyond recipe.max_length; "
-            "python doctor.py lists all of them"
+            "python doctor.py lists all of them, and exclude=doctor/exclude.json trains without"
         )
 
 

@@ -97,18 +97,47 @@ def test_what_is_found_is_what_would_stop_a_training(corpus, tmp_path):
 
 def test_table_and_files(corpus, tmp_path):
     report = examine([corpus("ill")])
-    console = Console(file=io.StringIO(), width=200)
-    console.print(report.table())
-    shown = console.file.getvalue()
-    assert "ill" in shown and "truncated" in shown
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*report.tables())
+    shown = [line.split() for line in console.file.getvalue().splitlines()]
+    there, wrong = (line for line in shown if line[:1] == ["ill"])
+    assert there[:4] == ["ill", "6", "1", "2"] and there[-1] == "173"
+    assert wrong == ["ill", "1", "1", "1", "1", "2", "1"]
+    assert ["source", "missing", "malformed", "corrupt", "blanked", "truncated", "unseen"] in shown
     report.save(tmp_path / "out")
     saved = json.loads((tmp_path / "out/doctor.json").read_text())
     assert saved["sources"][0]["corrupt"] == 1
     exclude = read_exclusions(tmp_path / "out/exclude.json", "ill", tmp_path / "ill.json")
-    assert exclude == [1, 2, 6]
-    assert read_exclusions(tmp_path / "out/exclude.json", "other", tmp_path / "ill.json") == []
+    assert exclude == [1, 2, 3, 6]
     healed = corpus("ill", on_bad_sample="stop", exclude=exclude)
-    assert [s.id for s in healed] == ["good", "blank", "long", "text", "unseen"] and healed.excluded == 3
+    assert [s.id for s in healed] == ["good", "long", "text", "unseen"] and healed.excluded == 4
+    check_blanked(examine([healed]))
+
+
+def test_what_any_stage_cannot_use_is_listed(corpus, tmp_path):
+    """Of a source that two stages show in two ways: here the picture that only one of them can fit."""
+    Image.new("1", (1, 40_000)).save(tmp_path / "pictures/bad.png")
+    padded, letterbox = corpus("ill"), corpus("ill")
+    letterbox.pictures = Pictures(14, "letterbox", (0, 0, 0), (1, 1, 1))
+    for order in ([padded, letterbox], [letterbox, padded]):
+        assert examine(order).exclusions()["ill"]["records"] == [1, 2, 3, 6]
+
+
+@pytest.mark.parametrize(
+    "source, content, told",
+    [
+        ("other", None, "knows ill, and not other: examine the corpus"),
+        ("ill", None, r"ill\.json has changed since"),
+        ("ill", "{", "is no list of the doctor's .*column 2"),
+        ("ill", "[]", "is no list of the doctor's"),
+    ],
+)
+def test_a_list_that_is_not_of_these_records_is_refused(corpus, tmp_path, source, content, told):
+    examine([corpus("ill")]).save(tmp_path)
     (tmp_path / "ill.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"ill\.json has changed since"):
-        read_exclusions(tmp_path / "out/exclude.json", "ill", tmp_path / "ill.json")
+    if content:
+        (tmp_path / "exclude.json").write_text(content)
+    with pytest.raises(ValueError, match=told):
+        read_exclusions(tmp_path / "exclude.json", source, tmp_path / "ill.json")
+    with pytest.raises(ValueError, match=r"is no list of the doctor's .*No such file"):
+        read_exclusions(tmp_path / "none.json", source, tmp_path / "ill.json")

@@ -29,7 +29,10 @@ MISSING = "missing picture"
 
 OUTSIDE = "picture outside its folder"
 
-CURE = "Repair or remove it (python doctor.py finds all), or set on_bad_sample=skip, which counts such samples"
+CURE = (
+    "Repair or remove it (python doctor.py finds all, exclude=doctor/exclude.json trains without them), or set on_bad_sample=skip, which "
+    "counts such samples"
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
 
@@ -22,6 +23,9 @@ from mvlm.data.prompt import IMAGE_TAG
 
 BLANKED_LIMIT = 0.001
 """Share of samples without any label above which a training stops."""
+
+WRONG = ("missing", "malformed", "corrupt", "blanked", "truncated", "unseen")
+"""What is counted of a source: its `SourceReport` tells what each means."""
 
 
 @dataclass(frozen=True)
@@ -70,40 +74,25 @@ class Report:
 
     sources: list[SourceReport]
 
-    def table(self) -> Table:
-        """The numbers that fit on a screen."""
-        columns = (
-            "samples",
-            "text_only",
-            "pictures",
-            "missing",
-            "malformed",
-            "corrupt",
-            "blanked",
-            "truncated",
-            "unseen",
-        )
-        table = Table(title="The corpus")
-        table.add_column("source")
-        for name in (*columns, "labels", "median", "p95", "max"):
-            table.add_column(name.replace("_", " "), justify="right")
+    def tables(self) -> tuple[Table, Table]:
+        """The numbers that fit on a screen: what is there, and what is wrong."""
+        title = "What is there; ids of a sample: median, 95 %, most"
+        there = _table(title, "source", "samples", "text only", "pictures", "labels", "median", "95 %", "most")
+        wrong = _table("What is wrong", "source", *WRONG)
         for source in self.sources:
-            counts = [f"{getattr(source, name):,}" for name in columns]
-            lengths = [f"{source.tokens[name]:g}" if source.tokens else "-" for name in ("median", "p95", "max")]
-            table.add_row(source.source, *counts, f"{source.label_tokens:,}", *lengths)
-        return table
+            counts = (source.samples, source.text_only, source.pictures, source.label_tokens)
+            lengths = (f"{source.tokens[name]:,.0f}" if source.tokens else "-" for name in ("median", "p95", "max"))
+            there.add_row(source.source, *(f"{count:,}" for count in counts), *lengths)
+            wrong.add_row(source.source, *(f"{getattr(source, kind):,}" for kind in WRONG))
+        return there, wrong
 
     def exclusions(self) -> dict[str, Any]:
-        """Records to leave out because they or their pictures cannot be read, as `read_exclusions` takes them."""
-        bad = ("missing", "format", "corrupt")
-        return {
-            s.source: {
-                "annotations": s.annotations,
-                "sha256": s.sha256,
-                "records": sorted({f.record for f in s.findings if f.kind in bad}),
-            }
-            for s in self.sources
-        }
+        """Records to leave out, as `read_exclusions` takes them: they or their pictures cannot be read, or they teach nothing."""
+        bad, listed = ("missing", "format", "corrupt", "blanked"), {}
+        for s in self.sources:  # one that two stages show in two ways is here twice
+            entry = listed.setdefault(s.source, {"annotations": s.annotations, "sha256": s.sha256, "records": []})
+            entry["records"] = sorted({*entry["records"], *(f.record for f in s.findings if f.kind in bad)})
+        return listed
 
     def save(self, folder: str | Path) -> None:
         """Writes doctor.json, all that was found, and exclude.json, the records to leave out."""
@@ -149,25 +138,39 @@ def check_blanked(report: Report, limit: float = BLANKED_LIMIT) -> None:
         told.append(f"{source.source} {share}; records {', '.join(records)}, ...)")
     raise ValueError(
         f"samples that teach nothing, for they have no label, above the limit of {limit:.2%}: {'; '.join(told)}. Their "
-        "answers are empty or lie beyond max_length: raise it, or leave these records out"
+        "answers are empty or lie beyond max_length: raise it, or train without them (exclude=<report>/exclude.json)"
     )
 
 
 def read_exclusions(path: str | Path, source: str, annotations: str | Path) -> list[int]:
-    """Record numbers to leave out of a source, for `LlavaDataset(exclude=...)`; none where the list does not know it.
+    """Record numbers to leave out of a source, for `LlavaDataset(exclude=...)`.
 
     Raises:
-        ValueError: the annotation file is not the one that was examined, so the numbers mean other records.
+        ValueError: there is no such list; the source was not examined when it was made; or another annotation file was, so that the numbers
+            mean other records.
     """
-    entry = json.loads(Path(path).read_text(encoding="utf-8")).get(source)
+    cure = "examine the corpus (again): python doctor.py with the same data=..."
+    try:
+        listed = json.loads(Path(path).read_text(encoding="utf-8"))
+        entry = listed.get(source)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"exclude={path} is no list of the doctor's ({error}): {cure}") from error
     if entry is None:
-        return []
+        raise ValueError(f"exclude={path} knows {', '.join(listed) or 'no source'}, and not {source}: {cure}")
     if (now := _sha256(Path(annotations))) != entry["sha256"]:
         raise ValueError(
             f"{annotations} has changed since {path} was made (sha256 {entry['sha256'][:12]} then, {now[:12]} now): "
-            "its record numbers do not hold any more; examine the corpus again"
+            f"its record numbers do not hold any more; {cure}"
         )
     return entry["records"]
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _examine(
