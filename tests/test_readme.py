@@ -60,7 +60,7 @@ def test_the_commands_run(nano_cache: Path, tmp_path: Path) -> None:
         command = words if words[0] == "-m" else [str(ROOT / words[0]), *renamed]
         if words[0] == "train.py":
             command += ["model=nano", "logger=csv", "benchmark=[gqa]", "controls=[]"]
-        if words[0] == "report.py" and words[1].startswith("sweep="):
+        if words[0] == "doctor.py" or (words[0] == "report.py" and words[1].startswith("sweep=")):
             command += ["model=nano"]
         done = subprocess.run(
             [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False

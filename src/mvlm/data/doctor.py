@@ -149,7 +149,7 @@ def read_exclusions(path: str | Path, source: str, annotations: str | Path) -> l
         ValueError: there is no such list; the source was not examined when it was made; or another annotation file was, so that the numbers
             mean other records.
     """
-    cure = "examine the corpus (again): python doctor.py with the same data=..."
+    cure = "examine the corpus (again): python doctor.py, with the same model=, data= and corpus="
     try:
         listed = json.loads(Path(path).read_text(encoding="utf-8"))
         entry = listed.get(source)
