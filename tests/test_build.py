@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import huggingface_hub
 import pytest
 import torch
 
 from mvlm import build
+
+REFERENCE = Path(__file__).parent / "reference"
 
 
 @pytest.mark.parametrize(("gpu", "processor"), [(True, False), (False, True)])
@@ -20,3 +26,27 @@ def test_precision_is_what_the_device_that_computes_multiplies(monkeypatch, tmp_
     assert build.precision("16-mixed", "cpu") == "16-mixed"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert build.precision("auto") == words[processor]
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "cuda:1", "gpu", "0x"])
+def test_a_device_that_is_not_there_is_refused(wanted):
+    with pytest.raises(ValueError, match=rf"device={wanted}: .*auto"):
+        build.device(wanted)
+    assert build.device("cpu") == build.device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize("model", ["1.7b", "3b", "7b"])
+def test_a_tokenizer_comes_from_the_hub_without_weights(configure, monkeypatch, tmp_path, model):
+    """As where somebody else's run is scored, whose weights are in its folder."""
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(shutil.copytree(REFERENCE / "tokenizer", tmp_path / name))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    cfg = configure(f"model={model}")
+    words = build.tokenizer(cfg)
+    assert words.decode(words.encode("A picture.")) == "A picture."
+    ((name, patterns),) = asked
+    assert name == cfg.model.tokenizer == cfg.model.weights.language and set(patterns) == {"*.json", "*.model"}

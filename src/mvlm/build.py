@@ -18,6 +18,7 @@ from mvlm.data.mixture import Mixture
 from mvlm.data.prompt import Template, template
 from mvlm.data.tokenizer import Tokenizer, load_tokenizer
 from mvlm.model.checkpoint import load_checkpoint, load_language, load_vision
+from mvlm.model.files import fetch
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.run import Run
 
@@ -38,9 +39,13 @@ def corpus(cfg: DictConfig) -> Corpus:
 
 def tokenizer(cfg: DictConfig) -> Tokenizer:
     """The language model's own tokenizer."""
-    return load_tokenizer(
-        instantiate(cfg.model.tokenizer) if isinstance(cfg.model.tokenizer, DictConfig) else cfg.model.tokenizer
-    )
+    return load_tokenizer(tokenizer_folder(cfg))
+
+
+def tokenizer_folder(cfg: DictConfig) -> Path:
+    """Where its files are; fetched from the model hub if `model.tokenizer` is a name there."""
+    said = cfg.model.tokenizer
+    return Path(instantiate(said)) if isinstance(said, DictConfig) else fetch(said, weights=False)
 
 
 def model(cfg: DictConfig) -> MobileVLM:
@@ -123,8 +128,20 @@ def mixture(
 
 
 def device(wanted: str = "auto") -> torch.device:
-    """Where a model answers: `auto` is the process' own GPU, or the processor where there is none."""
-    return torch.device(wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    """Where a model answers: `auto` is the process' own GPU, or the processor where there is none.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"device={wanted}: auto, cpu or cuda is wanted") from None
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={wanted}: this machine shows {count} GPUs; auto takes what there is")
+    return found
 
 
 def on_gpu(device: str = "auto") -> bool:

@@ -136,10 +136,16 @@ def imports() -> Iterator[None]:
 
 def guarded(main: Callable) -> Callable:
     """`main`, with the errors that a user can mend told without a traceback."""
+    from omegaconf.errors import MissingMandatoryValue
+
+    from mvlm import settings
 
     def run(cfg) -> None:
         try:
+            settings.check(cfg)
             main(cfg)
+        except MissingMandatoryValue as error:
+            sys.exit(f"error: {error.full_key}=... is missing: --help tells what it is")
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
 

@@ -61,7 +61,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     """Everything that could be wrong with a run, before any work: rates, batches, labels; then say what will be trained.
 
     Raises:
-        ValueError: no data, an unknown start, no number of workers, a strategy that misses a part, a batch that cannot be split, no
+        ValueError: no data, no number of workers, a strategy that misses a part, a batch that cannot be split, no
             picture for what only pictures teach, too many bad records, too many dialogues without labels, a validation that cannot be.
     """
     world, engines, why = world_size(cfg.trainer), {}, []
@@ -73,8 +73,6 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     validation(cfg, files, engines.values())
     if not any(data.values()):
         raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
-    if cfg.recipe.start not in ("random", "words"):
-        raise ValueError(f"recipe.start is random or words, not {cfg.recipe.start!r}")
     table = Table("stage", "source", "samples", "rates", "steps", title=f"{run.folder}", title_justify="left")
     hashes = {}
     for stage, mixture in data.items():
@@ -448,7 +446,9 @@ def _lightning(trainer: Mapping[str, Any]) -> L.Trainer:
     quiet()
     keys = ("accelerator", "devices", "num_nodes")
     try:
-        return L.Trainer(**{k: trainer[k] for k in keys}, logger=False, enable_checkpointing=False)
+        precision = build.precision(trainer["precision"], trainer["accelerator"])
+        how = {k: trainer[k] for k in keys}
+        return L.Trainer(**how, precision=precision, logger=False, enable_checkpointing=False)
     except MisconfigurationException as error:
         told = ", ".join(f"trainer.{k}={trainer[k]}" for k in keys)
         raise ValueError(f"{told} cannot be had on this machine: {error}") from None

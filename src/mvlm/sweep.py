@@ -225,11 +225,12 @@ def check(sweep: Sequence[Cell], jobs: int | None) -> dict[str, Plan]:
 
 def check_cell(cell: Cell, jobs: int | None, looked_at: set) -> Plan:
     """One cell's cost; `looked_at` keeps which benchmark files were read for a cell before. See `check`."""
-    from mvlm import build, fit, score
+    from mvlm import build, fit, score, settings
     from mvlm.data.corpus import sources_of
     from mvlm.data.sampler import split
     from mvlm.plan import plan
 
+    settings.check(cell.cfg)
     cfg, world = cell.cfg, fit.world_size(cell.cfg.trainer)
     if differs := cell.run.differs(cfg):
         raise ValueError(f"{cell.run.folder} holds another configuration:\n" + "\n".join(differs[:5]))

@@ -271,7 +271,7 @@ def test_bad_files_are_said(make, tmp_path):
         make([])
     with pytest.raises(ValueError, match="holds no sample: 3 records, 2 bad and 1 excluded"):
         make([{}, {}, TEXT], on_bad_sample="skip", exclude=[2])
-    with pytest.raises(ValueError, match="was given no image folder"):
+    with pytest.raises(ValueError, match="no image folder was given"):
         make([record()], images=None)
     with pytest.raises(ValueError, match="stop or skip"):
         make([TEXT], on_bad_sample="ignore")

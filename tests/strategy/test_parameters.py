@@ -32,6 +32,12 @@ def test_a_line_that_claims_nothing_is_an_error() -> None:
         claimed_rates(PARTS, {"vision": None, "projector": 1e-3, "language": None, "projektor": 1.0})
 
 
+@pytest.mark.parametrize("rate", [0, -1e-3, float("nan"), float("inf"), "fast", True])
+def test_a_rate_that_teaches_nothing_is_an_error(rate) -> None:
+    with pytest.raises(ValueError, match=r"rate of 'projector' is .* a number above 0 is wanted, or null"):
+        claimed_rates({"projector", "language"}, {"projector": rate, "language": None})
+
+
 def test_all_frozen_is_an_error(configure) -> None:
     with pytest.raises(ValueError, match="nothing learns"):
         freeze_and_group(build.model(configure("model=nano")), {"vision": None, "projector": None, "language": None})

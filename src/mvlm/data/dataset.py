@@ -311,7 +311,9 @@ class LlavaDataset(Dataset[Sample]):
         if not name or "\0" in name:
             raise DialogueError(f"`image` is {name!r}, not a path")
         if self.images is None and self.shards is None:
-            raise DialogueError(f"`image` is {name!r}, but this dataset was given no image folder", "no image folder")
+            raise DialogueError(
+                f"`image` is {name!r}, but no image folder was given (data.images=...)", "no image folder"
+            )
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
             raise DialogueError(f"`image` {name!r} leads out of the image folder", OUTSIDE)
         if self.shards:

@@ -16,12 +16,11 @@ from pkgutil import iter_modules
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from mvlm.build import run_folder
+from mvlm import build
 from mvlm.chat import Chat
 from mvlm.export import format as formats
 from mvlm.model.files import read_config
@@ -61,13 +60,12 @@ class Source:
         Raises:
             ValueError: it is neither.
         """
-        folder = run_folder(folder)
+        folder = build.run_folder(folder)
         chat, name = Chat.open(folder), folder.resolve().name
         if not (folder / "config.yaml").exists():
             return cls(name, folder, chat, folder, None)
         run = Run.find(folder)
-        words = run.config.model.tokenizer
-        return cls(name, folder, chat, Path(instantiate(words) if isinstance(words, DictConfig) else words), run)
+        return cls(name, folder, chat, build.tokenizer_folder(run.config), run)
 
     @property
     def weights(self) -> Path:

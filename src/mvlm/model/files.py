@@ -16,8 +16,11 @@ WHOLE = ("model.safetensors", "pytorch_model.bin")
 PROJECTOR_ONLY = "mm_projector.bin"
 
 
-def fetch(source: str | Path) -> Path:
+def fetch(source: str | Path, weights: bool = True) -> Path:
     """A local file or folder as it is; `owner/name` of the model hub downloaded, pickles only for want of safetensors.
+
+    Args:
+        weights: what a checkpoint is made of; else its small files alone, among them the tokenizer's.
 
     Raises:
         ValueError: neither is to be had.
@@ -30,10 +33,10 @@ def fetch(source: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        for weights in ("*.safetensors", "*.bin"):
-            patterns = [weights, "*.json", "*.model"]
+        for kind in ("*.safetensors", "*.bin") if weights else ("*.json",):
+            patterns = [kind, "*.json", "*.model"]
             folder = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
-            if any(folder.glob(weights)):
+            if any(folder.glob(kind)):
                 break
     except Exception as error:  # no network, no such model, no permission: many types, one cure
         raise ValueError(

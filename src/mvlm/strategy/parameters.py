@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from math import inf
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ def claimed_rates(parts: set[str], rates: Rates) -> dict[str, float | None]:
     `vision.unused`, the tower's blocks that are never run, is frozen by nature and needs no line.
 
     Raises:
-        ValueError: a part that no line claims, or a line that claims nothing.
+        ValueError: a part that no line claims, a line that claims nothing, or a rate that is none.
     """
     rate_of: dict[str, float | None] = {}
     used: set[str] = set()
@@ -34,7 +35,11 @@ def claimed_rates(parts: set[str], rates: Rates) -> dict[str, float | None]:
                 f"`{part.split('.')[0]}: <rate>`, or null to freeze it"
             )
         used.add(line)
-        rate_of[part] = rates[line]
+        rate_of[part] = rate = rates[line]
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < inf):
+            raise ValueError(
+                f"the learning rate of {line!r} is {rate!r}: a number above 0 is wanted, or null to freeze it"
+            )
     if idle := set(rates) - used:
         raise ValueError(
             f"the learning rates name {sorted(idle)}, which claim nothing: the model's parts are {sorted(parts)}"
