@@ -63,14 +63,16 @@ def nano_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shell(nano_cache: Path, tmp_path_factory: pytest.TempPathFactory):
-    """`shell("train.py", "model=nano")`: a script in a folder of its own, as from a terminal."""
+    """`shell("train.py", "model=nano", HF_HOME=...)`: a script in a folder of its own, as from a terminal."""
     folder = tmp_path_factory.mktemp("shell")
     env = os.environ | {"MVLM_CACHE": str(nano_cache), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
     env["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 is float32 on a GPU, too
 
-    def run(script: str, *words: str, ok: bool = True, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-        command = [sys.executable, *launch, str(ROOT / script), *words]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
+    def run(
+        script: str, *words: str, ok: bool = True, launch: tuple[str, ...] = (), **more: str
+    ) -> subprocess.CompletedProcess:
+        command, told = [sys.executable, *launch, str(ROOT / script), *words], env | more
+        done = subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True, check=False, timeout=300)
         assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
         return done
 

@@ -7,15 +7,18 @@ import re
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 
 from mvlm import build, fit, score
+from mvlm.model.checkpoint import load_vision
 from mvlm.page import CONTROLS
 from mvlm.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "tests" / "reference"
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,50 @@ def test_every_strategy_trains(shell, strategy: str) -> None:
     told = json.loads((shell.folder / f"runs/nano-ldpv2-v2-{strategy}-s0/pretrain/stage.json").read_text())
     assert told["moved"]["vision.upper"] == (strategy == "sharegpt4v")
     assert told["moved"]["language"] == (strategy == "sharegpt4v")
+
+
+TOY = {
+    "model.module.vision": {"depth": 3, "embed_dim": 32, "num_heads": 4, "mlp_ratio": 2},
+    "model.module.language.config": {
+        "vocab_size": 384, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    },
+    "recipe.pretrain": {"batch": 4, "micro_batch": 2},
+    "recipe.finetune": {"batch": 4, "micro_batch": 2},
+}  # fmt: skip
+"""The sizes of the toy checkpoints in tests/reference."""
+
+
+@pytest.mark.slow
+def test_the_papers_cell_begins_with_the_hubs_parts_and_the_real_files(shell, configure, tmp_path: Path) -> None:
+    """`model=1.7b` as it is but for its sizes: toys lie in the hub's cache under the real names, generated files in the places of the
+    real ones. What is trained is then asked, without the hub's weights."""
+    for name, toy in (("mtgv/MobileLLaMA-1.4B-Chat", "base_llm"), ("openai/clip-vit-large-patch14-336", "clip_full")):
+        kept = tmp_path / "hub" / "hub" / f"models--{name.replace('/', '--')}"
+        copytree(REFERENCE / toy, kept / "snapshots" / "toy")
+        (kept / "refs").mkdir()
+        (kept / "refs" / "main").write_text("toy")
+    made, real, data = build.corpus(configure("model=nano")), configure("model=1.7b").corpus, tmp_path / "data"
+    copytree(made.benchmarks, data / "benchmark_data")
+    for stage, names in (("pretrain", ["sharegpt4v_pt"]), ("finetune", ["coco", "sharegpt4v", "textvqa"])):
+        sources = [made.source(name) for name in names]
+        copytree(sources[0].images, data / f"{stage}_data")
+        records = [record for source in sources for record in json.loads(source.annotations.read_text())]
+        (data / real.sources[names[0]].file).write_text(json.dumps(records))
+
+    sizes = [f"++{key}.{k}={v}" for key, some in TOY.items() for k, v in some.items()]
+    cell, words = shell.folder / "runs" / "toy", ["model=1.7b", "cell=toy", "logger=csv", *sizes]
+    words += ["benchmark=[pope]", "controls=[]", "any_version=true"]
+    shell("train.py", *words, HF_HOME=str(tmp_path / "hub"), MVLM_DATA=str(data))
+    results = json.loads((cell / "results.json").read_text())
+    assert results["benchmarks"]["pope"]["none"]["items"] == 24
+    trained, start = build.trained(Run(cell)), build.model(Run(cell).config)
+    load_vision(start.vision, REFERENCE / "clip_full")
+    assert all(torch.equal(a, b) for a, b in zip(trained.vision.parameters(), start.vision.parameters(), strict=True))
+
+    for weights in (tmp_path / "hub").rglob("*.safetensors"):
+        weights.unlink()
+    picture = f"image={REFERENCE / 'images' / 'img0.png'}"
+    shell("chat.py", f"run={cell}", picture, "prompt=What?", "max_new_tokens=4", HF_HOME=str(tmp_path / "hub"))
 
 
 @pytest.mark.slow
