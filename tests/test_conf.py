@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 
 from mvlm import build
-from mvlm.cli import check_overrides, groups
+from mvlm.cli import check_overrides, groups, literal
 from mvlm.data.datamodule import StepData
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,12 +121,27 @@ def test_an_unknown_protocol_is_refused_by_name(configure) -> None:
         ("modell=pocket", "there is no key 'modell'; did you mean 'model'?"),
         ("recipe.pretrain.bach=3", "did you mean 'recipe.pretrain.batch'?"),
         ("sead=1", "did you mean 'seed'?"),
+        ("data.finetune=[a=b.json]", "cannot be read (no viable alternative at input '[a='): put a value"),
     ],
 )
 def test_misspelt_words_are_refused_with_the_right_ones(override: str, told: str) -> None:
     with pytest.raises(ValueError) as error:
         check_overrides("train", [override])
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["What is this?", "What's this, a cat (red)? [a] {b}: c=d", 'say "hi"', "\\", 'a\\"', "\\\\${oc.env:HOME}", "${x} $5", " a ", "é\n猫", "'", "\"'"],
+)  # fmt: skip
+def test_a_sentence_is_taken_as_it_is_typed(configure, said: str) -> None:
+    for key in ("prompt", "image"):
+        assert configure(literal(f"{key}={said}"), page="chat")[key] == said
+
+
+@pytest.mark.parametrize("word", ["prompt=null", "prompt='a, b'", 'image="a, b"', "prompt=", "seed=1,2", "--help"])
+def test_other_words_are_left_alone(word: str) -> None:
+    assert literal(word) == word
 
 
 def test_good_words_pass() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
+
+LITERAL = ("prompt", "image", "run", "gguf")
+"""Keys whose value is taken as it is typed, whatever marks it has: a sentence, a path."""
 
 
 def groups() -> dict[str, list[str]]:
@@ -62,11 +66,19 @@ def check_overrides(config: str, overrides: list[str]) -> None:
         ValueError: the first override that names nothing.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    options, chosen, rest = groups(), [], []
+    options, chosen, rest, parser = groups(), [], [], OverridesParser.create()
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
+        try:
+            parser.parse_override(override)
+        except HydraException as error:
+            told = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{override} cannot be read ({told}): put a value that has = , : or brackets in it in quotes, such as \"key='a=b'\""
+            ) from None
         if key not in options:
             rest.append((override, key))
             continue
@@ -91,6 +103,16 @@ def check_overrides(config: str, overrides: list[str]) -> None:
         )
 
 
+def literal(word: str) -> str:
+    """An override as Hydra has to be given it: the value of a key of LITERAL in quotes, unless it is `null` or stands in some."""
+    key, _, value = word.partition("=")
+    if key not in LITERAL or value in ("", "null") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return word
+    # Backslashes count where a quote, an interpolation or the end follows, and nowhere else.
+    inside = re.sub(r"(\\*)(\"|\$\{|\Z)", lambda found: 2 * found[1] + (f"\\{found[2]}" if found[2] else ""), value)
+    return f'{key}="{inside}"'
+
+
 def nearest(word: str, among: list[str]) -> str:
     """The likeliest meant, as the end of an error's sentence; or nothing."""
     close = difflib.get_close_matches(word, among, n=1, cutoff=0.5)
@@ -103,7 +125,7 @@ def script(main: Callable, config: str, sweep: bool = False) -> None:
     Args:
         sweep: with `-m` train many cells (see `mvlm.sweep`); other scripts have no `-m`.
     """
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] = [literal(word) for word in sys.argv[1:]]
     if {"--help", "-h"} & set(arguments):
         print(help_text(main, config))
         return
