@@ -8,8 +8,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from hydra.errors import InstantiationException
 
-from mvlm import build
+from mvlm import build, plan
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -50,3 +51,13 @@ def test_a_tokenizer_comes_from_the_hub_without_weights(configure, monkeypatch, 
     assert words.decode(words.encode("A picture.")) == "A picture."
     ((name, patterns),) = asked
     assert name == cfg.model.tokenizer == cfg.model.weights.language and set(patterns) == {"*.json", "*.model"}
+
+
+def test_what_a_part_says_is_told_without_hydras_words(configure):
+    cfg = configure("model=nano", "projector=resampler", "projector.tokens=7")
+    for build_it in (build.model, lambda cfg: plan.meta_model(cfg.model.module)):
+        with pytest.raises(ValueError, match=r"^projector\.tokens=7 is no square number"):
+            build_it(cfg)
+    cfg.model.module.projector._target_ = "mvlm.projector.gone"
+    with pytest.raises(InstantiationException, match="gone"):  # of no part's own: with all that Hydra knows
+        build.model(cfg)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from mvlm.cli import instance
 from mvlm.data.corpus import Corpus, sources_of
 from mvlm.data.dataset import LlavaDataset
 from mvlm.data.doctor import read_exclusions
@@ -34,7 +34,7 @@ def run_folder(folder: str | Path) -> Path:
 
 def corpus(cfg: DictConfig) -> Corpus:
     """The files behind the sources' names; the pocket world is generated here on first use."""
-    return instantiate(cfg.corpus, _convert_="all")
+    return instance(cfg.corpus)
 
 
 def tokenizer(cfg: DictConfig) -> Tokenizer:
@@ -45,17 +45,17 @@ def tokenizer(cfg: DictConfig) -> Tokenizer:
 def tokenizer_folder(cfg: DictConfig) -> Path:
     """Where its files are; fetched from the model hub if `model.tokenizer` is a name there."""
     said = cfg.model.tokenizer
-    return Path(instantiate(said)) if isinstance(said, DictConfig) else fetch(said, weights=False)
+    return Path(instance(said)) if isinstance(said, DictConfig) else fetch(said, weights=False)
 
 
 def model(cfg: DictConfig) -> MobileVLM:
     """The model with fresh weights."""
-    return instantiate(cfg.model.module, _convert_="all")
+    return instance(cfg.model.module)
 
 
 def pretrained(net: MobileVLM, cfg: DictConfig) -> None:
     """Load what the model starts from: a tower and a language model, wherever the configuration says they are."""
-    weights = instantiate(cfg.model.weights, _convert_="all")
+    weights = instance(cfg.model.weights)
     if weights["vision"]:
         load_vision(net.vision, weights["vision"])
     if weights["language"]:

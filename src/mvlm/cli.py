@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -143,6 +144,21 @@ def script(main: Callable, config: str, sweep: bool = False) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(guarded(main))()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def instance(node: Any) -> Any:
+    """What a part of a configuration names, made.
+
+    Raises:
+        ValueError, OSError: the part's own, without Hydra's words around them.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        raise error.__cause__ if isinstance(error.__cause__, ValueError | OSError) else error from None
 
 
 @contextmanager

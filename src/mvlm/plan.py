@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvlm.cli import groups, script
+from mvlm.cli import groups, instance, script
 
 # torch, timm and transformers take seconds to import and `--help` needs none of them: imported where they are used.
 if TYPE_CHECKING:
@@ -109,10 +109,9 @@ def physical_memory() -> int:
 def meta_model(module: Any, lora: Mapping[str, Any] | None = None) -> MobileVLM:
     """A model with shapes and no values: `module` is its config (`model.module`), `lora` the stage's adapters."""
     import torch
-    from hydra.utils import instantiate
 
     with torch.device("meta"):
-        model = instantiate(module, _convert_="all")
+        model = instance(module)
         if lora:
             from mvlm.strategy.lora import attach
 

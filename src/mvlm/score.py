@@ -12,8 +12,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -23,6 +21,7 @@ from mvlm import build
 from mvlm.benchmark.base import Benchmark, Protocol, Question, digest
 from mvlm.benchmark.evaluate import answers_file, evaluate, stored
 from mvlm.benchmark.ranks import ranks
+from mvlm.cli import instance
 from mvlm.data.corpus import Corpus
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.mobilevlm import MobileVLM
@@ -109,10 +108,7 @@ def benchmarks(
         ValueError: a benchmark does not know the protocol, or does not take another of its settings.
     """
     root = {"benchmark_root": str(folder), "protocol": protocol, "any_version": any_version}
-    try:
-        return list(instantiate(OmegaConf.create({"benchmark": cfg} | root).benchmark, _convert_="all").values())
-    except InstantiationException as error:  # Hydra's own words around ours
-        raise error.__cause__ or error from None
+    return list(instance(OmegaConf.create({"benchmark": cfg} | root).benchmark).values())
 
 
 def is_generated(cfg: DictConfig, folder: str | Path | None) -> bool:
