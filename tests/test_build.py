@@ -29,6 +29,15 @@ def test_precision_is_what_the_device_that_computes_multiplies(monkeypatch, tmp_
     assert build.precision("auto") == words[processor]
 
 
+def test_a_precision_is_one_of_lightnings_words():
+    half = [build.autocast_type(word) for word in ("bf16-mixed", "bf16", "16-mixed", 16)]
+    assert half == [torch.bfloat16, torch.bfloat16, torch.float16, torch.float16]
+    assert {build.autocast_type(word) for word in ("32-true", 32, "64-true")} == {None}
+    for word in ("fp16", "float32", "bf16-half", "transformer-engine"):
+        with pytest.raises(ValueError, match=f"precision={word}: it may be auto"):
+            build.autocast_type(word)
+
+
 @pytest.mark.parametrize("wanted", ["cuda", "cuda:1", "gpu", "0x"])
 def test_a_device_that_is_not_there_is_refused(wanted):
     with pytest.raises(ValueError, match=rf"device={wanted}: .*auto"):

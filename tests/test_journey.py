@@ -294,6 +294,15 @@ def test_doctor_counts_what_is_wrong_and_training_goes_without(shell) -> None:
     shell("doctor.py", *words, "report=again", "exclude=checked/exclude.json")
 
 
+def test_adapters_are_looked_at_before_the_stage_that_comes_first(configure, tmp_path: Path) -> None:
+    words = ("model=nano", "strategy=lora", "strategy.finetune.lora.r=0", f"runs={tmp_path}", "cell=a", "trainer=cpu")
+    cfg = configure(*words)
+    files, text = build.corpus(cfg), build.tokenizer(cfg)
+    data = {stage: build.mixture(cfg, stage, files, text, 16) for stage in build.STAGES}
+    with pytest.raises(ValueError, match="`r` should be a positive"):
+        fit.check(cfg, data, Run.open(cfg), files)
+
+
 def test_text_alone_cannot_teach_a_projector(configure, tmp_path: Path) -> None:
     """Else the stage ends with weights that did not move, and is not saved."""
     (tmp_path / "text.json").write_text(json.dumps([GOOD] * 12))

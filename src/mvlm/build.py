@@ -165,6 +165,14 @@ def precision(wanted: str = "auto", device: str = "auto") -> str:
     return "bf16-mixed" if any(f in flags for f in ("avx512_bf16", "amx_bf16", " bf16")) else "32-true"
 
 
-def autocast_type(word: str) -> torch.dtype | None:
-    """The type that autocast computes in under Lightning's word for a precision; None without autocast."""
-    return torch.bfloat16 if word.startswith("bf16") else torch.float16 if word.startswith("16") else None
+def autocast_type(word: str | int) -> torch.dtype | None:
+    """The type that autocast computes in under Lightning's word for a precision; None without autocast.
+
+    Raises:
+        ValueError: no such word.
+    """
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16, "32": None, "64": None}
+    kind, _, how = str(word).partition("-")
+    if kind not in kinds or how not in ("", "true", "mixed"):
+        raise ValueError(f"precision={word}: it may be auto, 32-true, bf16-mixed or 16-mixed")
+    return kinds[kind]

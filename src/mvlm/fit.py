@@ -40,6 +40,7 @@ from mvlm.data.mixture import Mixture
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
+from mvlm.plan import meta_model
 from mvlm.run import AXES, Run, content, file_hash, first_process, overridden, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
@@ -79,6 +80,8 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
         if mixture is None:
             continue
         rates = OmegaConf.to_container(cfg.strategy[stage].rates, resolve=True)
+        if adapters := cfg.strategy[stage].get("lora"):
+            meta_model(cfg.model.module, adapters)  # peft looks at its settings
         claimed_rates({"vision.lower", "vision.upper", "projector", "language"}, rates)
         steps = (
             cfg.recipe[stage].epochs * StepData(mixture, cfg.recipe[stage].batch, cfg.recipe[stage].micro_batch).steps

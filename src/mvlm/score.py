@@ -172,11 +172,12 @@ def run(
     """
     cfg = run.config
     found = opened(cfg, chosen, files, folder=folder, protocol=protocol, any_version=any_version)
+    # In its type once; autocast would convert the weights again for every batch.
+    kind = build.device(device), build.autocast_type(build.precision(precision, device))
 
     @cache
     def ready() -> MobileVLM:
-        # In its type once; autocast would convert the weights again for every batch.
-        return model().to(build.device(device), build.autocast_type(build.precision(precision, device)))
+        return model().to(*kind)
 
     results = evaluate(
         ready,
