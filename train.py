@@ -3,7 +3,7 @@
     python train.py                                                   the paper's own cell at pocket size
     python train.py projector=ldpv2 data=v2 strategy=unfreeze_llm     the same, in full
     python train.py model=nano                                        random weights, a minute, to see that all works
-    python train.py model=1.7b data.images=... corpus.root=...        the real thing (python -m mvlm.plan model=1.7b first)
+    python train.py model=1.7b corpus.root=/data                      the real thing (python -m mvlm.plan model=1.7b first)
     python train.py -m sweeps=table7 seeds=3                          a whole table, all of sweeps/ alike; python report.py sweep=table7 shows it
     python train.py data=custom data.pretrain=[a.json] data.finetune=[b.json] data.images=pictures/
 

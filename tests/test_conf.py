@@ -121,6 +121,7 @@ def test_an_unknown_protocol_is_refused_by_name(configure) -> None:
         ("modell=pocket", "there is no key 'modell'; did you mean 'model'?"),
         ("recipe.pretrain.bach=3", "did you mean 'recipe.pretrain.batch'?"),
         ("sead=1", "did you mean 'seed'?"),
+        ("benchmark=[]", "name at least one benchmark (there are: gqa,"),
         ("data.finetune=[a=b.json]", "cannot be read (no viable alternative at input '[a='): put a value"),
     ],
 )

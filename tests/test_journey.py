@@ -294,6 +294,16 @@ def test_doctor_counts_what_is_wrong_and_training_goes_without(shell) -> None:
     shell("doctor.py", *words, "report=again", "exclude=checked/exclude.json")
 
 
+def test_a_folder_of_own_pictures_without_own_files_is_refused(configure, tmp_path: Path) -> None:
+    cfg = configure("model=nano", "data.images=pictures", f"runs={tmp_path}", "cell=a", "trainer=cpu")
+    files, text = build.corpus(cfg), build.tokenizer(cfg)
+    data = {stage: build.mixture(cfg, stage, files, text, 16) for stage in build.STAGES}
+    with pytest.raises(
+        ValueError, match=r"data.images=pictures is where the pictures of own files lie, and there are none"
+    ):
+        fit.check(cfg, data, Run.open(cfg), files)
+
+
 def test_adapters_are_looked_at_before_the_stage_that_comes_first(configure, tmp_path: Path) -> None:
     words = ("model=nano", "strategy=lora", "strategy.finetune.lora.r=0", f"runs={tmp_path}", "cell=a", "trainer=cpu")
     cfg = configure(*words)
@@ -335,6 +345,14 @@ def test_bad_data_is_told_in_one_line(shell) -> None:
         "train.py", "model=nano", "data=custom", "data.finetune=[bad.json]", "data.images=.", "logger=csv", ok=False
     )
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_w_and_b_without_a_login_is_told_before_any_work(shell, tmp_path: Path) -> None:
+    words = ("model=nano", "logger.offline=false", "cell=online")
+    told = shell("train.py", *words, ok=False, WANDB_MODE="online", HOME=str(tmp_path)).stderr
+    assert "W&B does not begin this run (No API key" in told and "wandb sync" in told and "Traceback" not in told
+    assert not (shell.folder / "runs" / "online" / "pretrain").exists()
 
 
 @pytest.mark.slow

@@ -83,6 +83,8 @@ def check_overrides(config: str, overrides: list[str]) -> None:
         if key not in options:
             rest.append((override, key))
             continue
+        if not value.strip("[] "):
+            raise ValueError(f"{override}: name at least one {key} (there are: {', '.join(options[key])})")
         for option in value.strip("[]").split(","):
             if option.strip() and option.strip() not in options[key]:
                 raise ValueError(

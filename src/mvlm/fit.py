@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from mvlm import build, engine, resume, score
 from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
-from mvlm.data.corpus import Corpus
+from mvlm.data.corpus import Corpus, is_own
 from mvlm.data.datamodule import Skips, StepData, worker_count
 from mvlm.data.doctor import BLANKED_LIMIT
 from mvlm.data.held_out import hold_out
@@ -74,6 +74,11 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     validation(cfg, files, engines.values())
     if not any(data.values()):
         raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
+    if cfg.data.images is not None and not any(map(is_own, [*cfg.data.pretrain, *cfg.data.finetune])):
+        raise ValueError(
+            f"data.images={cfg.data.images} is where the pictures of own files lie, and there are none: name them (data=custom "
+            "data.finetune=[mine.json]), or leave it out; a corpus knows its own folders (corpus.root=...)"
+        )
     table = Table("stage", "source", "samples", "rates", "steps", title=f"{run.folder}", title_justify="left")
     hashes = {}
     for stage, mixture in data.items():
@@ -407,6 +412,9 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
     killed says nothing of its end, by which W&B knows it as crashed. Its group is W&B's own WANDB_RUN_GROUP.
 
     A process told to stop (SIGTERM, SIGUSR1) ends with `resume.REQUEUE`, in a stage after it has saved itself.
+
+    Raises:
+        ValueError: W&B refuses to begin: nobody is logged in, or it cannot be reached.
     """
     resume.on_signals(resume.ends_with_requeue)
     chosen: partial = instantiate(cfg.logger)
@@ -416,7 +424,14 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
         # Seconds, 15 by itself. `wandb sync` of many runs sends none if one was killed before its first lines were on the disk.
         os.environ.setdefault("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "1")
         logger = chosen(save_dir=run.folder, id=run.facts["wandb_id"], resume="allow", **told_to_wandb(cfg, run))
-        logger.experiment  # noqa: B018  made when first asked for
+        from wandb.errors import Error
+
+        try:
+            logger.experiment  # noqa: B018  made when first asked for
+        except Error as error:
+            raise ValueError(
+                f"W&B does not begin this run ({error}): log in (wandb login), or leave logger.offline=true and send it later (wandb sync)"
+            ) from error
     try:
         yield logger
     except BaseException as error:

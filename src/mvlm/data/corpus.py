@@ -126,11 +126,13 @@ def sources_of(corpus: Corpus, names: Sequence[str], images: str | Path | None =
         raise ValueError(
             f"{', '.join(twice)} stands twice among the sources; to train longer, give the stage more epochs"
         )
-    found = [
-        _own(name, images) if name.endswith((".json", ".jsonl")) else corpus.source(name, beside=names)
-        for name in names
-    ]
+    found = [_own(name, images) if is_own(name) else corpus.source(name, beside=names) for name in names]
     return list({source.annotations: source for source in found}.values())
+
+
+def is_own(name: str) -> bool:
+    """Whether a source's name is the path of the user's own file."""
+    return name.endswith((".json", ".jsonl"))
 
 
 def _own(name: str, images: str | Path | None) -> Source:
