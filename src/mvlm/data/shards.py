@@ -457,7 +457,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     kept = f", {told['kept']} of them from an earlier attempt" if told["kept"] else ""
     size = f"{told['bytes'] / 1e9:.2f} GB"
-    print(f"{told['pictures']:,} files in {told['shards']:,} shards{kept}, {size}: data.images={out}")
+    shards = f"{told['shards']:,} shard{'s' * (told['shards'] != 1)}"
+    print(f"{told['pictures']:,} files in {shards}{kept}, {size}: data.images={out}")
 
 
 if __name__ == "__main__":
