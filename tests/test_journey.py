@@ -304,6 +304,27 @@ def test_a_folder_of_own_pictures_without_own_files_is_refused(configure, tmp_pa
         fit.check(cfg, data, Run.open(cfg), files)
 
 
+def test_data_that_change_while_a_run_waits_are_refused(configure, tmp_path: Path) -> None:
+    """Once anything was trained on them: a run is of one set of data, whatever interrupts it."""
+    mine, picture = tmp_path / "mine.json", {"image": "img0.png"}
+    seen = GOOD | picture | {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, GOOD["conversations"][1]]}
+    own = ["model=nano", "data=custom", f"data.finetune=[{mine}]", f"data.images={REFERENCE / 'images'}"]
+    cfg = configure(*own, f"runs={tmp_path}", "cell=a", "trainer=cpu")
+    run, files, text = Run.open(cfg), build.corpus(cfg), build.tokenizer(cfg)
+
+    def checked(samples: int) -> None:
+        mine.write_text(json.dumps([seen] * samples))
+        fit.check(cfg, {"pretrain": None, "finetune": build.mixture(cfg, "finetune", files, text, 16)}, run, files)
+
+    checked(12)
+    checked(13)
+    (run.folder / "finetune" / "step-2").mkdir(parents=True)
+    checked(13)
+    with pytest.raises(ValueError, match=r"begun with other data: finetune/\S*mine.json changed \(sha256 \w{12} then"):
+        checked(12)
+    checked(13)
+
+
 def test_adapters_are_looked_at_before_the_stage_that_comes_first(configure, tmp_path: Path) -> None:
     words = ("model=nano", "strategy=lora", "strategy.finetune.lora.r=0", f"runs={tmp_path}", "cell=a", "trainer=cpu")
     cfg = configure(*words)

@@ -63,7 +63,8 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
 
     Raises:
         ValueError: no data, no number of workers, a strategy that misses a part, a batch that cannot be split, no
-            picture for what only pictures teach, too many bad records, too many dialogues without labels, a validation that cannot be.
+            picture for what only pictures teach, too many bad records, too many dialogues without labels, other data
+            than the run began with, a validation that cannot be.
     """
     world, engines, why = world_size(cfg.trainer), {}, []
     worker_count(cfg.workers, 0, 1)
@@ -112,8 +113,28 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
             left_out = ", ".join(f"{d.excluded:,} of {d.source}" for d in mixture.datasets)
             why.append(f"{stage}: trained without {left_out}, as {cfg.exclude} says")
             hashes["exclude"] = file_hash(Path(cfg.exclude))
+    check_data(run, hashes)
     run.note(data_sha256=hashes)
     Console(quiet=not first_process()).print(table, *why, sep="\n")
+
+
+def check_data(run: Run, hashes: Mapping[str, str]) -> None:
+    """Compare the data with those that a run has begun with, if it has trained anything.
+
+    Args:
+        hashes: of the annotation files, by `<stage>/<source>`.
+
+    Raises:
+        ValueError: some are others.
+    """
+    before = run.facts.get("data_sha256", {})
+    other = sorted(name for name in before.keys() & hashes if before[name] != hashes[name])
+    if other and any(run.finished(stage) or resume.checkpoints(run.folder / stage) for stage in build.STAGES):
+        first = other[0]
+        raise ValueError(
+            f"{run.folder} was begun with other data: {', '.join(other)} changed (sha256 {before[first][:12]} then, {hashes[first][:12]} "
+            "now). Put them back to go on, or train under another name (cell=my-name)"
+        )
 
 
 def check_labels(stage: str, mixture: Mixture) -> None:
