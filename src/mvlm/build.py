@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def mixture(
                 max_length=cfg.recipe.max_length,
                 source=source.name,
                 on_bad_sample=on_bad_sample or cfg.on_bad_sample,
-                exclude=read_exclusions(listed, source.name, source.annotations) if listed else (),
+                exclude=partial(read_exclusions, listed, source.name) if listed else (),
             )
             for source in sources_of(files, names, cfg.data.images)
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,8 @@ def test_table_and_files(corpus, tmp_path):
     report.save(tmp_path / "out")
     saved = json.loads((tmp_path / "out/doctor.json").read_text())
     assert saved["sources"][0]["corrupt"] == 1
-    exclude = read_exclusions(tmp_path / "out/exclude.json", "ill", tmp_path / "ill.json")
-    assert exclude == [1, 2, 3, 6]
+    exclude = partial(read_exclusions, tmp_path / "out/exclude.json", "ill")
+    assert exclude(report.sources[0].sha256) == [1, 2, 3, 6]
     healed = corpus("ill", on_bad_sample="stop", exclude=exclude)
     assert [s.id for s in healed] == ["good", "long", "text", "unseen"] and healed.excluded == 4
     check_blanked(examine([healed]))
@@ -134,10 +135,10 @@ def test_what_any_stage_cannot_use_is_listed(corpus, tmp_path):
 )
 def test_a_list_that_is_not_of_these_records_is_refused(corpus, tmp_path, source, content, told):
     examine([corpus("ill")]).save(tmp_path)
-    (tmp_path / "ill.json").write_text("[]")
+    (tmp_path / "ill.json").write_text((tmp_path / "well.json").read_text())
     if content:
         (tmp_path / "exclude.json").write_text(content)
     with pytest.raises(ValueError, match=told):
-        read_exclusions(tmp_path / "exclude.json", source, tmp_path / "ill.json")
+        corpus("ill", exclude=partial(read_exclusions, tmp_path / "exclude.json", source))
     with pytest.raises(ValueError, match=r"is no list of the doctor's .*No such file"):
-        read_exclusions(tmp_path / "none.json", source, tmp_path / "ill.json")
+        corpus("ill", exclude=partial(read_exclusions, tmp_path / "none.json", source))

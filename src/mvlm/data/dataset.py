@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -77,7 +77,7 @@ class LlavaDataset(Dataset[Sample]):
             stay as planned whoever loads them, and no other sample is seen twice or out of its place.
         features: of all pictures, by a frozen tower: path (as in `pictures_used`) to (N, Dv). One that is not among
             them could not be read.
-        exclude: numbers of records to leave out, from the doctor's list.
+        exclude: numbers of records to leave out; or what gives them for the annotation file's SHA-256, as the doctor's list does.
         follow_links: allow symbolic links that lead out of `images`.
         cache: the folder of the index; MVLM_CACHE, or `cache`, if None.
 
@@ -98,7 +98,7 @@ class LlavaDataset(Dataset[Sample]):
         source: str = "",
         on_bad_sample: Literal["stop", "skip"] = "stop",
         features: Mapping[str, Tensor] | None = None,
-        exclude: Collection[int] = (),
+        exclude: Collection[int] | Callable[[str], Collection[int]] = (),
         follow_links: bool = False,
         cache: str | Path | None = None,
     ) -> None:
@@ -115,7 +115,7 @@ class LlavaDataset(Dataset[Sample]):
         self.on_bad_sample, self.features, self.follow_links = on_bad_sample, features, follow_links
         self._root = "" if self.images is None else os.path.join(os.path.realpath(self.images), "")
         self._real_folders: dict[str, str] = {}
-        self._read(set(exclude))
+        self._read(exclude)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -222,7 +222,7 @@ class LlavaDataset(Dataset[Sample]):
             raise PictureError(f"{path}: could not be read when the features were computed; start again", "no features")
         return replace(sample, pixels=pixels, picture=path)
 
-    def _read(self, exclude: set[int]) -> None:
+    def _read(self, exclude: Collection[int] | Callable[[str], Collection[int]]) -> None:
         """Open the index, which is built where there is none, and leave out what is bad or excluded."""
         folders: dict[str, int | None] = {}
         root = self.shards.stamp if self.shards else None if self.images is None else os.path.realpath(self.images)
@@ -232,7 +232,8 @@ class LlavaDataset(Dataset[Sample]):
             folders,
         )
         total, bad = len(self.index), np.flatnonzero(self.index.words == 0)
-        excluded = np.array(sorted(number for number in exclude if 0 <= number < total), np.int64)
+        numbers = {*(exclude(self.sha256) if callable(exclude) else exclude)}
+        excluded = np.array(sorted(number for number in numbers if 0 <= number < total), np.int64)
         self.excluded, self._kept = len(excluded), Kept(total, np.union1d(bad, excluded))
         self.skipped: list[Skipped] = []
         left = np.setdiff1d(bad, excluded).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -142,8 +141,8 @@ def check_blanked(report: Report, limit: float = BLANKED_LIMIT) -> None:
     )
 
 
-def read_exclusions(path: str | Path, source: str, annotations: str | Path) -> list[int]:
-    """Record numbers to leave out of a source, for `LlavaDataset(exclude=...)`.
+def read_exclusions(path: str | Path, source: str, sha256: str) -> list[int]:
+    """Record numbers to leave out of a source whose annotation file has this hash, for `LlavaDataset(exclude=...)`.
 
     Raises:
         ValueError: there is no such list; the source was not examined when it was made; or another annotation file was, so that the numbers
@@ -157,9 +156,9 @@ def read_exclusions(path: str | Path, source: str, annotations: str | Path) -> l
         raise ValueError(f"exclude={path} is no list of the doctor's ({error}): {cure}") from error
     if entry is None:
         raise ValueError(f"exclude={path} knows {', '.join(listed) or 'no source'}, and not {source}: {cure}")
-    if (now := _sha256(Path(annotations))) != entry["sha256"]:
+    if sha256 != entry["sha256"]:
         raise ValueError(
-            f"{annotations} has changed since {path} was made (sha256 {entry['sha256'][:12]} then, {now[:12]} now): "
+            f"{entry['annotations']} has changed since {path} was made (sha256 {entry['sha256'][:12]} then, {sha256[:12]} now): "
             f"its record numbers do not hold any more; {cure}"
         )
     return entry["records"]
@@ -223,8 +222,3 @@ def _damage(path: str, pictures: Pictures) -> str | None:
     except PictureError as error:
         return str(error)
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
