@@ -24,9 +24,8 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     """Tests find the same machine everywhere, one without a GPU, but for those that need one: `pytest -m gpu`."""
     if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # before torch is asked for any; scripts that a test starts see none either
-        )
+        # Before torch is asked for any. Scripts that a test starts see none either.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -294,61 +294,62 @@ def test_doctor_counts_what_is_wrong_and_training_goes_without(shell) -> None:
     shell("doctor.py", *words, "report=again", "exclude=checked/exclude.json")
 
 
-def test_a_folder_of_own_pictures_without_own_files_is_refused(configure, tmp_path: Path) -> None:
-    cfg = configure("model=nano", "data.images=pictures", f"runs={tmp_path}", "cell=a", "trainer=cpu")
-    files, text = build.corpus(cfg), build.tokenizer(cfg)
-    data = {stage: build.mixture(cfg, stage, files, text, 16) for stage in build.STAGES}
+@pytest.fixture
+def checked(configure, tmp_path: Path):
+    """`checked("data=custom", ...)`: a cell as train.py looks at it before it trains; its run."""
+
+    def check(*words: str) -> Run:
+        cfg = configure("model=nano", "trainer=cpu", f"runs={tmp_path / 'runs'}", "cell=a", *words)
+        files, text, run = build.corpus(cfg), build.tokenizer(cfg), Run.open(cfg)
+        fit.check(cfg, {stage: build.mixture(cfg, stage, files, text, 16) for stage in build.STAGES}, run, files)
+        return run
+
+    return check
+
+
+def test_a_folder_of_own_pictures_without_own_files_is_refused(checked) -> None:
     with pytest.raises(
         ValueError, match=r"data.images=pictures is where the pictures of own files lie, and there are none"
     ):
-        fit.check(cfg, data, Run.open(cfg), files)
+        checked("data.images=pictures")
 
 
-def test_data_that_change_while_a_run_waits_are_refused(configure, tmp_path: Path) -> None:
+def test_settings_are_looked_at_without_a_script_too(checked) -> None:
+    with pytest.raises(ValueError, match=r"recipe\.start=foo: it may be random, words"):
+        checked("recipe.start=foo")
+
+
+def test_data_that_change_while_a_run_waits_are_refused(checked, tmp_path: Path) -> None:
     """Once anything was trained on them: a run is of one set of data, whatever interrupts it."""
     mine, picture = tmp_path / "mine.json", {"image": "img0.png"}
     seen = GOOD | picture | {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, GOOD["conversations"][1]]}
-    own = ["model=nano", "data=custom", f"data.finetune=[{mine}]", f"data.images={REFERENCE / 'images'}"]
-    cfg = configure(*own, f"runs={tmp_path}", "cell=a", "trainer=cpu")
-    run, files, text = Run.open(cfg), build.corpus(cfg), build.tokenizer(cfg)
 
-    def checked(samples: int) -> None:
-        mine.write_text(json.dumps([seen] * samples))
-        fit.check(cfg, {"pretrain": None, "finetune": build.mixture(cfg, "finetune", files, text, 16)}, run, files)
+    def with_samples(count: int) -> Run:
+        mine.write_text(json.dumps([seen] * count))
+        return checked("data=custom", f"data.finetune=[{mine}]", f"data.images={REFERENCE / 'images'}")
 
-    checked(12)
-    checked(13)
+    with_samples(12)
+    run = with_samples(13)
     (run.folder / "finetune" / "step-2").mkdir(parents=True)
-    checked(13)
+    with_samples(13)
     with pytest.raises(ValueError, match=r"begun with other data: finetune/\S*mine.json changed \(sha256 \w{12} then"):
-        checked(12)
-    checked(13)
+        with_samples(12)
+    with_samples(13)
 
 
-def test_adapters_are_looked_at_before_the_stage_that_comes_first(configure, tmp_path: Path) -> None:
-    words = ("model=nano", "strategy=lora", "strategy.finetune.lora.r=0", f"runs={tmp_path}", "cell=a", "trainer=cpu")
-    cfg = configure(*words)
-    files, text = build.corpus(cfg), build.tokenizer(cfg)
-    data = {stage: build.mixture(cfg, stage, files, text, 16) for stage in build.STAGES}
+def test_adapters_are_looked_at_before_the_stage_that_comes_first(checked) -> None:
     with pytest.raises(ValueError, match="`r` should be a positive"):
-        fit.check(cfg, data, Run.open(cfg), files)
+        checked("strategy=lora", "strategy.finetune.lora.r=0")
 
 
-def test_text_alone_cannot_teach_a_projector(configure, tmp_path: Path) -> None:
+def test_text_alone_cannot_teach_a_projector(checked, tmp_path: Path) -> None:
     """Else the stage ends with weights that did not move, and is not saved."""
     (tmp_path / "text.json").write_text(json.dumps([GOOD] * 12))
-    own = ["model=nano", "data=custom", f"data.finetune=[{tmp_path / 'text.json'}]", f"runs={tmp_path}", "trainer=cpu"]
+    own = ("data=custom", f"data.finetune=[{tmp_path / 'text.json'}]")
     frozen = "strategy.finetune.rates.projector=null"
-
-    def checked(*words: str) -> None:
-        cfg = configure(*own, *words)
-        files = build.corpus(cfg)
-        data = {"pretrain": None, "finetune": build.mixture(cfg, "finetune", files, build.tokenizer(cfg), 16)}
-        fit.check(cfg, data, Run.open(cfg), files)
-
     with pytest.raises(ValueError, match=f"shows no picture in 12 samples.* or freeze it: {frozen}$"):
-        checked("cell=learns")
-    checked("cell=frozen", frozen)
+        checked(*own, "cell=learns")
+    checked(*own, "cell=frozen", frozen)
 
 
 def test_dialogues_without_labels_stop_a_run(configure, tmp_path: Path) -> None:

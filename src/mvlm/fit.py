@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mvlm import build, engine, resume, score
+from mvlm import build, engine, resume, score, settings
 from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
 from mvlm.data.corpus import Corpus, is_own
@@ -62,16 +62,18 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     """Everything that could be wrong with a run, before any work: rates, batches, labels; then say what will be trained.
 
     Raises:
-        ValueError: no data, no number of workers, a strategy that misses a part, a batch that cannot be split, no
-            picture for what only pictures teach, too many bad records, too many dialogues without labels, other data
+        ValueError: a setting that may not be (`mvlm.settings`), no data, no number of workers, a strategy that misses a part, a batch that
+            cannot be split, no picture for what only pictures teach, too many bad records, too many dialogues without labels, other data
             than the run began with, a validation that cannot be.
     """
+    settings.check(cfg)
     world, engines, why = world_size(cfg.trainer), {}, []
     worker_count(cfg.workers, 0, 1)
     for stage, mixture in data.items():
         if mixture is not None and not run.finished(stage):
             engines[stage], told, _ = engine.chosen(cfg, stage, mixture, world)
-            why += [told] if world > 1 else []
+            if world > 1:
+                why.append(told)
     validation(cfg, files, engines.values())
     if not any(data.values()):
         raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
@@ -112,7 +114,8 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
         if cfg.get("exclude"):
             left_out = ", ".join(f"{d.excluded:,} of {d.source}" for d in mixture.datasets)
             why.append(f"{stage}: trained without {left_out}, as {cfg.exclude} says")
-            hashes["exclude"] = file_hash(Path(cfg.exclude))
+    if cfg.get("exclude"):
+        hashes["exclude"] = file_hash(Path(cfg.exclude))
     check_data(run, hashes)
     run.note(data_sha256=hashes)
     Console(quiet=not first_process()).print(table, *why, sep="\n")
@@ -122,7 +125,7 @@ def check_data(run: Run, hashes: Mapping[str, str]) -> None:
     """Compare the data with those that a run has begun with, if it has trained anything.
 
     Args:
-        hashes: of the annotation files, by `<stage>/<source>`.
+        hashes: of the annotation files, by `<stage>/<source>`, and of the list `exclude`.
 
     Raises:
         ValueError: some are others.
@@ -483,13 +486,12 @@ def own_device(trainer: Mapping[str, Any]) -> torch.device:
 
 def _lightning(trainer: Mapping[str, Any]) -> L.Trainer:
     quiet()
-    keys = ("accelerator", "devices", "num_nodes")
+    asked = {key: trainer[key] for key in ("accelerator", "devices", "num_nodes")}
+    precision = build.precision(trainer["precision"], trainer["accelerator"])
     try:
-        precision = build.precision(trainer["precision"], trainer["accelerator"])
-        how = {k: trainer[k] for k in keys}
-        return L.Trainer(**how, precision=precision, logger=False, enable_checkpointing=False)
+        return L.Trainer(**asked, precision=precision, logger=False, enable_checkpointing=False)
     except MisconfigurationException as error:
-        told = ", ".join(f"trainer.{k}={trainer[k]}" for k in keys)
+        told = ", ".join(f"trainer.{key}={value}" for key, value in asked.items())
         raise ValueError(f"{told} cannot be had on this machine: {error}") from None
 
 

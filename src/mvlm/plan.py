@@ -222,9 +222,11 @@ def count_samples(names: list[str], corpus: Mapping[str, Any]) -> int:
     Raises:
         ValueError: a source without a count.
     """
+    from mvlm.data.corpus import is_own
+
     counts = dict(corpus.get("samples") or {})
     counts |= {name: entry["samples"] for name, entry in (corpus.get("sources") or {}).items()}
-    own = {name: _count(Path(name)) for name in names if name.endswith((".json", ".jsonl"))}
+    own = {name: _count(Path(name)) for name in names if is_own(name)}
     if unknown := [name for name in names if name not in counts | own]:
         raise ValueError(f"the corpus has no count for {', '.join(unknown)}; it has {', '.join(counts)}")
     return sum((counts | own)[name] for name in names)

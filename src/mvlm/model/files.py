@@ -32,18 +32,19 @@ def fetch(source: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"{source}: there is no such file or folder")
     import huggingface_hub
 
+    def with_small_files(*kinds: str) -> Path:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=[*kinds, "*.json", "*.model"]))
+
     try:
-        for kind in ("*.safetensors", "*.bin") if weights else ("*.json",):
-            patterns = [kind, "*.json", "*.model"]
-            folder = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
-            if any(folder.glob(kind)):
-                break
+        if not weights:
+            return with_small_files()
+        folder = with_small_files("*.safetensors")
+        return folder if any(folder.glob("*.safetensors")) else with_small_files("*.bin")
     except Exception as error:  # no network, no such model, no permission: many types, one cure
         raise ValueError(
             f"{source} is no local folder, and the model hub gave nothing ({first_line(error)}): check the name, "
             "or fetch it on a machine with a network and give the folder"
         ) from error
-    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
