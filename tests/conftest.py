@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: pools of several tests would fight for two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,11 +17,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+# A fork makes torch's pool of threads anew when it is first asked for. Two threads that ask at once (autograd's and gloo's) crash it: one
+# asks before there is a second.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,6 +83,62 @@ def shell(nano_cache: Path, tmp_path_factory: pytest.TempPathFactory):
         return done
 
     run.folder = folder
+    return run
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory: pytest.TempPathFactory):
+    """`together(2, work)`: what `work(rank)` returned in so many processes that know one another, as torchrun starts them.
+
+    They are forks of this one, which cost no import. `nodes=2` deals them to two; a process that fails or says nothing for `patience`
+    seconds is an error here, or with `ok=False` its traceback is in the place of what it returned.
+    """
+
+    def run(count: int, work, nodes: int = 1, ok: bool = True, patience: float = 300) -> list:
+        store, ends, started = tmp_path_factory.mktemp("store") / "store", [], []
+        for rank in range(count):
+            here, there = get_context("fork").Pipe(duplex=False)
+            started.append(get_context("fork").Process(target=one, args=(rank, count, nodes, store, there, work)))
+            started[-1].start()
+            there.close()
+            ends.append(here)
+        try:
+            said = [heard(rank, *each, patience) for rank, each in enumerate(zip(started, ends, strict=True))]
+        finally:
+            for process in started:
+                process.join(5)
+                process.kill()
+        if ok and (failed := [word for well, word in said if not well]):
+            raise RuntimeError("\n".join(failed))
+        return [word for _, word in said]
+
+    def heard(rank: int, process, end, patience: float) -> tuple[bool, Any]:
+        if not end.poll(patience):
+            return False, f"process {rank}: no word in {patience} s"
+        try:
+            return end.recv()
+        except EOFError:
+            process.join(5)
+            return False, f"process {rank}: ended with code {process.exitcode} and said nothing"
+
+    def one(rank: int, count: int, nodes: int, store: Path, end, work) -> None:
+        here = count // nodes
+        told = {
+            "RANK": rank,
+            "WORLD_SIZE": count,
+            "LOCAL_RANK": rank % here,
+            "LOCAL_WORLD_SIZE": here,
+            "GROUP_RANK": rank // here,
+        }
+        told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {key: str(value) for key, value in told.items()}
+        try:
+            if count > 1:
+                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+            end.send((True, work(rank)))
+        except BaseException:
+            end.send((False, f"process {rank}: {traceback.format_exc()}"))
+
     return run
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -22,7 +20,6 @@ import lightning as L
 import pytest
 import torch
 import torch._dynamo  # the optimizer asks for it; forks should find it there
-import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig
@@ -47,47 +44,6 @@ ONE_STEP = ["data.finetune=[]", "recipe.pretrain.batch=8", "recipe.pretrain.base
 """All eight samples in one step of full rates: 1e-3 for the projector, 2e-5 for the rest."""
 
 ON_TWO = ["trainer.accelerator=cpu", "trainer.devices=2"]
-
-
-def together(folder: Path, count: int, work: Callable[[int], Any], nodes: int = 1, patience: float = 300) -> list[Any]:
-    """What `work(rank)` returned in so many processes that know one another, as torchrun would start them on so many nodes. They are forks
-    of this one, which has one thread."""
-    store = folder / f"store-{len(list(folder.iterdir()))}"
-    ends, started = [], []
-    for rank in range(count):
-        here, there = get_context("fork").Pipe(duplex=False)
-        started.append(get_context("fork").Process(target=alone, args=(rank, count, nodes, store, there, work)))
-        started[-1].start()
-        there.close()
-        ends.append(here)
-    try:
-        said = [end.recv() if end.poll(patience) else f"no word in {patience} s" for end in ends]
-    finally:
-        for process in started:
-            process.join(1)
-            process.kill()
-    if failed := [word for word in said if isinstance(word, str)]:
-        raise RuntimeError("\n".join(failed))
-    return said
-
-
-def alone(rank: int, count: int, nodes: int, store: Path, end: Any, work: Callable[[int], Any]) -> None:
-    here = count // nodes
-    told = {
-        "RANK": rank,
-        "WORLD_SIZE": count,
-        "LOCAL_RANK": rank % here,
-        "LOCAL_WORLD_SIZE": here,
-        "GROUP_RANK": rank // here,
-    }
-    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {key: str(value) for key, value in told.items()}
-    try:
-        if count > 1:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-        end.send(work(rank))
-    except BaseException:
-        end.send(f"process {rank}: {traceback.format_exc()}")
 
 
 def configuration(*words: str) -> DictConfig:
@@ -153,19 +109,21 @@ def two(folder: Path, *words: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def cells(nano_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, list]]]:
+def cells(
+    together, nano_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, list]]]:
     """Two cells by one process, and by one pair of processes with DDP and with FSDP2: the folder, and what each process told."""
     folder = tmp_path_factory.mktemp("engines")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MVLM_CACHE", str(nano_cache))
-        (one,) = together(folder, 1, lambda rank: two(folder / "plain"))
+        (one,) = together(1, lambda rank: two(folder / "plain"))
 
         trainers = {"ddp": "ddp", "fsdp2": "fsdp"}
 
         def both(rank: int) -> dict[str, Any]:
             return {kind: two(folder / kind, f"trainer={name}", *ON_TWO) for kind, name in trainers.items()}
 
-        pair = together(folder, 2, both)
+        pair = together(2, both)
         yield folder, {"plain": [one], "ddp": [told["ddp"] for told in pair], "fsdp2": [told["fsdp2"] for told in pair]}
 
 
@@ -449,14 +407,14 @@ ZEROS = pytest.mark.parametrize("words", [["trainer=zero2"], ["trainer=zero3", Z
 
 
 @pytest.fixture
-def one_and_two(nano_cache, tmp_path, monkeypatch) -> Callable:
+def one_and_two(together, nano_cache, tmp_path, monkeypatch) -> Callable:
     """`one_and_two(work)`: what `work(folder, words)` returned in one process, and in each of two."""
     monkeypatch.setenv("MVLM_CACHE", str(nano_cache))
 
     def both(work: Callable[..., Any], *words: str, nodes: int = 1) -> tuple[Any, list[Any]]:
-        (one,) = together(tmp_path, 1, lambda rank: work(tmp_path / "one"))
+        (one,) = together(1, lambda rank: work(tmp_path / "one"))
         words = (*ON_TWO, *words, f"trainer.num_nodes={nodes}", f"trainer.devices={2 // nodes}")
-        return one, together(tmp_path, 2, lambda rank: work(tmp_path / "two", *words), nodes)
+        return one, together(2, lambda rank: work(tmp_path / "two", *words), nodes)
 
     return both
 
@@ -535,7 +493,7 @@ def killed(folder: Path, *words: str) -> Any:
     return train(folder, "checkpoint_every=1", *words)
 
 
-def goes_on(folder: Path, whole: tuple[Path, Path], told: dict[str, Any], *words: str) -> None:
+def goes_on(together, folder: Path, whole: tuple[Path, Path], told: dict[str, Any], *words: str) -> None:
     """Two processes die; two go on, and one goes on, with twice the micro-batches a step.
 
     Two go on to the very weights that they would have come to: the same sums in the same order. One takes the samples of every step of a
@@ -548,15 +506,15 @@ def goes_on(folder: Path, whole: tuple[Path, Path], told: dict[str, Any], *words
     """
     died, again = folder / "died" / "both", folder / "again" / "both"
     with pytest.raises(RuntimeError, match="killed on purpose"):
-        together(folder, 2, lambda rank: killed(died, *words))
+        together(2, lambda rank: killed(died, *words))
     assert [p.name for p in resume.checkpoints(died / "finetune")] == ["step-2", "step-1"]
     copytree(died, again)
-    together(folder, 2, lambda rank: train(again, "checkpoint_every=1", *words))
+    together(2, lambda rank: train(again, "checkpoint_every=1", *words))
     ours, wanted = (weights(cell / "finetune") for cell in (again, whole[1]))
     assert all(torch.equal(ours[name], value) for name, value in wanted.items())
     assert not resume.checkpoints(again / "finetune")
 
-    (rest,) = together(folder, 1, lambda rank: train(died, "checkpoint_every=1"))
+    (rest,) = together(1, lambda rank: train(died, "checkpoint_every=1"))
     assert set(rest["ids"]) == {"finetune"}, "the first stage was finished"
     micro_batches = len(told["ids"]["finetune"]) // len(told["facts"]["finetune"]["history"])
     assert micro_batches == 2 and rest["ids"]["finetune"] == told["ids"]["finetune"][2 * micro_batches :]
@@ -565,11 +523,13 @@ def goes_on(folder: Path, whole: tuple[Path, Path], told: dict[str, Any], *words
 
 
 @pytest.mark.parametrize("kind, trainer", [("ddp", "ddp"), ("fsdp2", "fsdp")])
-def test_a_killed_stage_goes_on(cells, nano_cache: Path, tmp_path, monkeypatch, kind: str, trainer: str) -> None:
+def test_a_killed_stage_goes_on(
+    together, cells, nano_cache: Path, tmp_path, monkeypatch, kind: str, trainer: str
+) -> None:
     monkeypatch.setenv("MVLM_CACHE", str(nano_cache))
     folder, told = cells
     whole = (folder / "plain" / "both", folder / kind / "both")
-    goes_on(tmp_path, whole, told["plain"][0]["both"], f"trainer={trainer}", *ON_TWO)
+    goes_on(together, tmp_path, whole, told["plain"][0]["both"], f"trainer={trainer}", *ON_TWO)
 
 
 @pytest.mark.slow
@@ -584,7 +544,9 @@ def test_a_killed_stage_goes_on(cells, nano_cache: Path, tmp_path, monkeypatch, 
     ],
     ids=["loss", "gradient"],
 )
-def test_a_step_of_deepspeed_that_diverges(deepspeed, nano_cache, tmp_path, monkeypatch, how, told: str) -> None:
+def test_a_step_of_deepspeed_that_diverges(
+    deepspeed, together, nano_cache, tmp_path, monkeypatch, how, told: str
+) -> None:
     """Whether its weights were spoilt is said; the checkpoint before is whole either way."""
     monkeypatch.setenv("MVLM_CACHE", str(nano_cache))
     real = MobileVLM.forward
@@ -598,16 +560,16 @@ def test_a_step_of_deepspeed_that_diverges(deepspeed, nano_cache, tmp_path, monk
     monkeypatch.setattr(MobileVLM, "forward", forward)
     words = ["trainer=zero2", *ON_TWO, "checkpoint_every=1", "recipe.pretrain.micro_batch=2", "recipe.pretrain.batch=4"]
     with pytest.raises(RuntimeError, match=f"(?s){told}"):
-        together(tmp_path, 2, lambda rank: train(tmp_path / "one", *words))
+        together(2, lambda rank: train(tmp_path / "one", *words))
     assert [p.name for p in resume.checkpoints(tmp_path / "one" / "pretrain")] == ["step-1"]
     assert not resume.torn(tmp_path / "one" / "pretrain" / "step-1")
 
 
 @pytest.mark.slow
 @ZEROS
-def test_a_killed_stage_of_deepspeed_goes_on(deepspeed, one_and_two, tmp_path, words: list[str]) -> None:
+def test_a_killed_stage_of_deepspeed_goes_on(deepspeed, together, one_and_two, tmp_path, words: list[str]) -> None:
     one, _ = one_and_two(train, *words)
-    goes_on(tmp_path, (tmp_path / "one", tmp_path / "two"), one, *words, *ON_TWO)
+    goes_on(together, tmp_path, (tmp_path / "one", tmp_path / "two"), one, *words, *ON_TWO)
 
 
 # ---------------------------------------------------------------------------------------------------- GPUs

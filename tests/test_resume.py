@@ -182,6 +182,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from mvlm import build, fit, score
 torch.set_num_threads(1)
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # as in conftest.py
 main = runpy.run_path("train.py")["main"]
 
 def start(cell):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,36 +85,3 @@ def model() -> MobileVLM:
 def tiny() -> SimpleNamespace:
     """The above by name: a conftest cannot be imported reliably."""
     return SimpleNamespace(model=tiny_model, encode_prompt=encode_prompt, decode=decode, Pixels=Pixels, stops=STOPS)
-
-
-@pytest.fixture
-def together(tmp_path):
-    """`together(2, work)`: `work(rank)` in so many processes that know one another; what each returned, or was raised in it.
-
-    They are forks of this one, which cost no import; every test here runs on one thread, so there is none to lose.
-    """
-
-    def run(count: int, work) -> list:
-        store = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
-        ends, started = [], []
-        for rank in range(count):
-            here, there = get_context("fork").Pipe(duplex=False)
-            process = get_context("fork").Process(target=one, args=(rank, count, store, there, work))
-            process.start()
-            there.close()
-            ends.append(here)
-            started.append(process)
-        said = [end.recv() if end.poll(60) else TimeoutError("no word in 60 s") for end in ends]
-        for process in started:
-            process.join(5)
-            process.kill()
-        return said
-
-    def one(rank: int, count: int, store, end, work) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-        try:
-            end.send(work(rank))
-        except Exception as error:
-            end.send(RuntimeError(f"{type(error).__name__}: {error}"))
-
-    return run
