@@ -68,3 +68,11 @@ def test_what_the_project_says_itself_is_right(configure, page: str, words: list
 )  # fmt: skip
 def test_the_edges_are_right(configure, word: str) -> None:
     settings.check(configure(word))
+
+
+def test_a_folder_of_own_pictures_without_own_files_is_refused(configure) -> None:
+    with pytest.raises(
+        ValueError, match="data.images=pictures is where the pictures of own files lie, and there are none"
+    ):
+        settings.check(configure("data.images=pictures"))
+    settings.check(configure("data=custom", "data.finetune=[mine.json]", "data.images=pictures"))

@@ -68,6 +68,15 @@ def test_seeds_of_an_overridden_cell_differ_in_their_number_only() -> None:
     assert one != two and one.replace("-s0-", "-s1-") == two
 
 
+def test_where_data_and_caches_lie_names_no_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    (here,) = cells(["recipe.warmup=0.1"])
+    monkeypatch.setenv("MVLM_CACHE", "/elsewhere")
+    (there,) = cells(["recipe.warmup=0.1"])
+    assert here.name == there.name
+    (moved,) = cells(["model=1.7b", "corpus.root=/data", "trainer=ddp"])
+    assert moved.name == "1.7b-ldpv2-v2-unfreeze_llm-s0"
+
+
 @pytest.mark.parametrize(
     "words, told",
     [

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from mvlm import build, engine, resume, score, settings
 from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
-from mvlm.data.corpus import Corpus, is_own
+from mvlm.data.corpus import Corpus
 from mvlm.data.datamodule import Skips, StepData, worker_count
 from mvlm.data.doctor import BLANKED_LIMIT
 from mvlm.data.held_out import hold_out
@@ -77,11 +77,6 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     validation(cfg, files, engines.values())
     if not any(data.values()):
         raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
-    if cfg.data.images is not None and not any(map(is_own, [*cfg.data.pretrain, *cfg.data.finetune])):
-        raise ValueError(
-            f"data.images={cfg.data.images} is where the pictures of own files lie, and there are none: name them (data=custom "
-            "data.finetune=[mine.json]), or leave it out; a corpus knows its own folders (corpus.root=...)"
-        )
     table = Table("stage", "source", "samples", "rates", "steps", title=f"{run.folder}", title_justify="left")
     hashes = {}
     for stage, mixture in data.items():

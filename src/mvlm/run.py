@@ -58,7 +58,8 @@ MACHINE_KEYS = (
     "any_version",
     "hydra",
 )
-"""Keys that say where and how fast, not what: a run folder may be continued with others."""
+"""Keys that say where and how fast, not what: a run folder may be continued with others. So may one whose data or cache have moved
+(`corpus.root`, or any other `root`): their hashes are compared instead, see `mvlm.fit.check_data`."""
 REQUEUE = 75
 """Exit code of a process that was told to stop (SIGTERM, SIGUSR1), has saved itself and can be started again: EX_TEMPFAIL of sysexits.h."""
 
@@ -101,7 +102,13 @@ AXES = ("model", "projector", "data", "strategy")
 def content(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration says of the experiment, resolved and flat; where and how fast it runs is left out."""
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
-    return {k: v for k, v in flatten(plain).items() if k.split(".")[0] not in MACHINE_KEYS}
+    return {k: v for k, v in flatten(plain).items() if not of_machine(k)}
+
+
+def of_machine(word: str) -> bool:
+    """Whether a dotted key, or a word of the command line, says where or how fast, not what."""
+    key = word.lstrip("+~").split("=")[0]
+    return key.split(".")[0] in MACHINE_KEYS or key.endswith(".root")
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -112,9 +119,10 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 def overridden(hydra: DictConfig) -> list[str]:
     """The words of the command line that change the experiment beyond its axes and seed, sorted."""
-    free = (*AXES, "seed", *MACHINE_KEYS)
-    keys = {word: word.lstrip("+~").split("=")[0] for word in hydra.overrides.task}
-    return sorted(word for word, key in keys.items() if key not in free and key.split(".")[0] not in MACHINE_KEYS)
+    named = tuple(f"{axis}=" for axis in (*AXES, "seed"))
+    return sorted(
+        word for word in hydra.overrides.task if not (word.lstrip("+~").startswith(named) or of_machine(word))
+    )
 
 
 def cell_name(cfg: DictConfig, hydra: DictConfig | None = None) -> str:

@@ -83,10 +83,18 @@ def check(cfg: DictConfig) -> None:
     """Look at the settings that a configuration has of these.
 
     Raises:
-        ValueError: the first that is wrong, with what it may be.
+        ValueError: the first that is wrong, with what it may be; or a folder of own pictures beside no file of one's own.
     """
     missing = object()
     for key, (right, known) in RULES.items():
         value = OmegaConf.select(cfg, key, default=missing)
         if value is not missing and not right(value):
             raise ValueError(f"{key}={value}: it may be {known}")
+    if (images := OmegaConf.select(cfg, "data.images")) is not None:
+        from mvlm.data.corpus import is_own  # with what reads them, which takes long to import
+
+        if not any(map(is_own, [*cfg.data.pretrain, *cfg.data.finetune])):
+            raise ValueError(
+                f"data.images={images} is where the pictures of own files lie, and there are none: name them (data=custom "
+                "data.finetune=[mine.json]), or leave it out; a corpus knows its own folders (corpus.root=...)"
+            )

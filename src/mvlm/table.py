@@ -35,7 +35,7 @@ from mvlm.cli import CONF, ROOT, check_overrides
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.plan import count_parts, meta_model
 from mvlm.report import DRAWS, Side, benchmark, from_marks, holm, judge, together, unlike
-from mvlm.run import MACHINE_KEYS, Run, beside
+from mvlm.run import Run, beside, of_machine
 from mvlm.score import counted, fingerprint
 from mvlm.sweep import OWN_KEYS, Cell, Sweep, outcome
 from mvlm.trust import read_json
@@ -427,7 +427,7 @@ def unlike_the_paper(report: Mapping[str, Any]) -> list[str]:
     models = dict.fromkeys(
         f"{row['model']} and not {row['paper_model']}" for row in rows if row["model"] != row["paper_model"]
     )
-    words = [word for word in report["overrides"] if word.lstrip("+~").split("=")[0].split(".")[0] not in MACHINE_KEYS]
+    words = [word for word in report["overrides"] if not of_machine(word)]
     if models:
         why.append(f"the model is {', '.join(models)}")
     if any(cell["generated"] for cell in cells):
