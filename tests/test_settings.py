@@ -72,7 +72,7 @@ def test_the_edges_are_right(configure, word: str) -> None:
 
 def test_a_folder_of_own_pictures_without_own_files_is_refused(configure) -> None:
     with pytest.raises(
-        ValueError, match="data.images=pictures is where the pictures of own files lie, and there are none"
+        ValueError, match=r"data.images=pictures is where the pictures of own files lie, and there are none"
     ):
         settings.check(configure("data.images=pictures"))
     settings.check(configure("data=custom", "data.finetune=[mine.json]", "data.images=pictures"))
