@@ -70,12 +70,6 @@ def test_it_is_off_by_default(configure) -> None:
     assert isinstance(one, BenchmarkMetric)
 
 
-@pytest.mark.parametrize(("terminal", "every"), [(True, 1), (False, 20)])
-def test_the_bar_fills_no_log_file(monkeypatch, terminal: bool, every: int) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    assert fit.Bar("finetune").refresh_rate == every
-
-
 @pytest.mark.parametrize("cached", [True, False])
 def test_bad_samples_are_skipped_by_policy(train, tmp_path: Path, monkeypatch, cached: bool) -> None:
     """A torn and a missing picture among 20, one sample a step: by `skip` the steps are as planned, stage.json says what was left out,

@@ -17,8 +17,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from mvlm import sweep, table
-from mvlm.run import Run
-from mvlm.sweep import Cell, Sweep, at_a_time, cells, check, duration, main, outcome
+from mvlm.run import Run, duration
+from mvlm.sweep import Cell, Sweep, at_a_time, cells, check, main, outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(page.stem for page in (ROOT / "sweeps").glob("*.yaml"))

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -41,6 +40,7 @@ from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.plan import meta_model
+from mvlm.progress import progress
 from mvlm.run import AXES, Run, content, file_hash, first_process, overridden, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
@@ -279,7 +279,7 @@ def stage(
         gradient_clip_val=cfg.recipe.clip,
         logger=[rows, *([wandb] if wandb else [])],
         callbacks=[
-            Bar(name),
+            progress(name),
             skips,
             resume.Keeper(folder, cfg.checkpoint_every),
             *watching,
@@ -488,27 +488,6 @@ def _lightning(trainer: Mapping[str, Any]) -> L.Trainer:
     except MisconfigurationException as error:
         told = ", ".join(f"trainer.{key}={value}" for key, value in asked.items())
         raise ValueError(f"{told} cannot be had on this machine: {error}") from None
-
-
-class Bar(TQDMProgressBar):
-    """Progress of a whole stage in micro-batches: rate, time left, loss, and the gap between true and other pictures.
-
-    A file or a pipe keeps every state of the bar, so there it moves every twentieth micro-batch only.
-    """
-
-    def __init__(self, stage: str) -> None:
-        super().__init__(leave=True, refresh_rate=1 if sys.stdout.isatty() else 20)
-        self.stage = stage
-
-    def get_metrics(self, trainer, module) -> dict:
-        shown = {key.split("/")[-1]: value for key, value in super().get_metrics(trainer, module).items()}
-        return {key: shown[key] for key in ("loss", "sight") if key in shown}
-
-    def on_train_epoch_start(self, trainer, *_) -> None:
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description(
-            f"{self.stage}, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        )
 
 
 class Validation(Callback):

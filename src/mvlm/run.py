@@ -84,6 +84,14 @@ def write_json(path: Path, content: Any) -> None:
     aside.replace(path)
 
 
+def duration(seconds: float) -> str:
+    """As people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
+    for size, unit, digits in ((86_400, "days", 1), (3_600, "h", 1), (60, "min", 0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def first_process() -> bool:
     """Whether this is the first of the processes that train together, whatever started them: Lightning, torchrun or SLURM."""
     return not any(int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))

@@ -23,9 +23,8 @@ from rich.table import Table
 from mvlm import plot
 from mvlm.benchmark.evaluate import AVERAGED
 from mvlm.page import Html, document, table
-from mvlm.run import beside, write_json
+from mvlm.run import beside, duration, write_json
 from mvlm.score import TITLES
-from mvlm.sweep import duration
 from mvlm.table import LEVEL, average_of, histories
 
 HEADS = {**TITLES, "avg": "Avg", "blind": "Avg blind", "shuffled": "Avg shuffled"}

@@ -47,7 +47,7 @@ from rich.table import Table
 
 from mvlm.cli import CONF, ROOT, check_overrides, nearest
 from mvlm.plan import physical_memory
-from mvlm.run import REQUEUE, Run, cell_name, write_json
+from mvlm.run import REQUEUE, Run, cell_name, duration, write_json
 from mvlm.trust import read_json
 
 if TYPE_CHECKING:
@@ -495,14 +495,6 @@ def group_of(arguments: Sequence[str]) -> str:
     said = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     words = " ".join(argument for argument in arguments if not argument.startswith("hydra"))
     return said.get("sweeps") or re.sub(r"[^\w.]+", "-", words)  # other signs W&B's filters read as their own
-
-
-def duration(seconds: float) -> str:
-    """As people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
-    for size, unit, digits in ((86_400, "days", 1), (3_600, "h", 1), (60, "min", 0)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def a_table(*columns: str) -> Table:
