@@ -91,3 +91,20 @@ def test_the_largest_page_stays_below_20_megabytes() -> None:
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
     assert score.PAGE_QUESTIONS * len(thumbnail(file.getvalue())) < 18e6  # the text takes the rest
+
+
+@pytest.mark.parametrize(
+    "words, folder, generated",
+    [
+        (["model=pocket"], None, True),
+        (["model=nano"], None, True),
+        (["model=pocket"], "/data/benchmark_data", False),
+        (["model=pocket", "corpus=full"], None, False),
+        (["model=1.7b", "corpus.root=/home/me/pocket/data"], None, False),
+    ],
+)
+def test_the_real_files_are_never_taken_for_generated_ones(
+    configure, words: list[str], folder, generated: bool
+) -> None:
+    """Whatever their folder is called: of the real files the counts must be the published ones."""
+    assert score.is_generated(configure(*words), folder) is generated

@@ -112,8 +112,8 @@ def benchmarks(
 
 
 def is_generated(cfg: DictConfig, folder: str | Path | None) -> bool:
-    """Whether a run's benchmark files are the pocket world's own."""
-    return folder is None and "pocket" in str(cfg.corpus.root)
+    """Whether a run's benchmark files are the pocket world's own: its corpus makes its folder, the real files' only names it."""
+    return folder is None and OmegaConf.is_dict(cfg.corpus.root)
 
 
 def opened(
