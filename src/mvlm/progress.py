@@ -8,10 +8,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
+from mvlm.benchmark.evaluate import EVERY
 from mvlm.run import duration
-
-EVERY = 30.0
-"""Seconds from line to line."""
 
 
 def progress(stage: str) -> ProgressBar:

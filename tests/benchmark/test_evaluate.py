@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import re
 
 import pytest
 import torch
 
 from mvlm.benchmark.base import Question
-from mvlm.benchmark.evaluate import answer_all, average, evaluate, stored
+from mvlm.benchmark.evaluate import _progress, answer_all, average, evaluate, stored
 from mvlm.benchmark.gqa import GQA
 from mvlm.benchmark.mmbench import MMBench
 from mvlm.benchmark.mme import MME, PERCEPTION
@@ -300,3 +301,15 @@ def test_empty_and_very_long_answers_are_stored_as_they_are(tmp_path, model, loo
         said = answer_all(model, QUESTIONS, path, title="", **(loop | {"decode": lambda ids, text=text: text}))
         assert {line["text"] for line in said.values()} == {text.strip()}
         assert stored(path, QUESTIONS) == said
+
+
+@pytest.mark.parametrize("every, told", [(0.0, ["1/19", "2/19", "3/19", "3/19"]), (60.0, ["3/19"])])
+def test_a_log_file_is_told_how_far_it_is(monkeypatch, capsys, every: float, told: list[str]) -> None:
+    """Nothing is drawn over there: a state every so many seconds, and the last one."""
+    monkeypatch.setattr("mvlm.benchmark.evaluate.EVERY", every)
+    with _progress(disable=False) as progress:
+        task = progress.add_task("gqa none", total=19)
+        for _ in range(3):
+            progress.advance(task)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.search(r"^gqa none .* (\d+/19) ", line)[1] for line in lines] == told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +12,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from torch import nn
 
@@ -22,6 +32,9 @@ from mvlm.model.mobilevlm import MobileVLM
 
 AVERAGED = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench")
 """The six whose plain mean is Avg in the paper's tables (MME as points / 20)."""
+
+EVERY = 30.0
+"""Seconds after which a log file is told again how far it is."""
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +282,20 @@ class _Rate(ProgressColumn):
         return Text(f"{task.completed / took:.1f} a second" if took and task.completed else "")
 
 
+class _Progress(Progress):
+    """A bar, and where it cannot be drawn over, in a file, one every `EVERY` seconds; rich would draw there at the end alone."""
+
+    def __init__(self, *columns: ProgressColumn, **settings: Any) -> None:
+        super().__init__(*columns, **settings)
+        self.told = time.monotonic()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        if not (self.disable or self.console.is_terminal) and time.monotonic() - self.told >= EVERY:
+            self.console.print(self)
+            self.told = time.monotonic()
+
+
 def _progress(disable: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, disable=disable)
+    return _Progress(*columns, disable=disable)
