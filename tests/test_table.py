@@ -244,7 +244,11 @@ def test_holms_family_is_the_whole_table(told) -> None:
     assert [entry["p_holm"] for entry in entries] == [adjusted[str(n)] for n in range(28)]
     for lower in "56":
         assert pair_of(told, lower)["seeds"] == [] and pair_of(told, lower)["avg"] is None
-    assert any(line.startswith("5 - 4, 6 - 5: not compared, for no seed") for line in sheet.caption_of_pairs(told))
+    lines = sheet.caption_of_pairs(told)
+    (left_out,) = [line for line in lines if line.startswith("5 - 4, 6 - 5: not compared, for no seed")]
+    assert lines[1].startswith("28 tests were made")
+    apart = told | {"tests": 0, "pairs": [pair_of(told, lower) for lower in "56"]}
+    assert sheet.caption_of_pairs(apart) == [left_out], "of no test nothing else is told"
 
 
 def test_a_difference_that_seeds_do_not_bear_out_is_not_called_one() -> None:

@@ -146,12 +146,14 @@ def caption(report: Mapping[str, Any]) -> list[str]:
 
 def caption_of_pairs(report: Mapping[str, Any]) -> list[str]:
     """Sentences under the differences."""
-    lines = [
-        "Lower row minus upper row in points (MME: points / 20), with the 95 % interval of a paired bootstrap over pictures "
-        f"({report['draws']:,} draws). p: answers exchanged picture by picture at random ({report['draws']:,} draws), or McNemar's exact "
-        "test where one run a row has one question a picture, right or wrong.",
-        f"{report['tests']} tests were made, and p is Holm's, which allows for that. n.s.: not significant, p of {LEVEL:g} or more.",
-    ]
+    lines = []
+    if report["tests"]:
+        lines += [
+            "Lower row minus upper row in points (MME: points / 20), with the 95 % interval of a paired bootstrap over pictures "
+            f"({report['draws']:,} draws). p: answers exchanged picture by picture at random ({report['draws']:,} draws), or McNemar's "
+            "exact test where one run a row has one question a picture, right or wrong.",
+            f"{report['tests']} tests were made, and p is Holm's, which allows for that. n.s.: not significant, p of {LEVEL:g} or more.",
+        ]
     if any(len(pair["seeds"]) > 1 for pair in report["pairs"]):
         lines.append(
             "Runs are paired seed by seed and their differences averaged; a picture is drawn, or exchanged, for all at once. Seeds: the "
