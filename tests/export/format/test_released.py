@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,29 +158,38 @@ def test_the_card_says_what_is_known(handed):
         "tags": ["mobilevlm", "ldpnetv2"],
     }
     assert "## Scores\n\nNot measured." in card and "python chat.py run=<this folder>" in card
-    assert "The data are generated" in card and "Started from: vision random weights; language random weights" in card
+    assert "generated" not in card, "no source of it is known"
+    assert "Started from: vision random weights; language random weights" in card
     assert "mode `pad`" in card and "vision frozen, projector" in card
 
 
-def test_the_card_of_a_run_on_real_data(handed, configure):
-    """Base models and data are named where the configuration has public names."""
-    _, out, _ = handed
-    cfg = configure("model=1.7b")
-    about = json.loads((out / "manifest.json").read_text())
-    about["stages"] = {"finetune": {"samples": {"sqa": 3, "mine.json": 1}, "steps": 2, "precision": "bf16-mixed"}}
+@pytest.fixture
+def card_of(handed, configure):
+    """`card_of("model=1.7b", samples)`: the card of such a run, of so many samples by source."""
+    about = json.loads((handed[1] / "manifest.json").read_text())
 
-    class Told:
-        config = cfg
+    def card(word: str, samples: dict[str, int]) -> str:
+        stages = {"finetune": {"samples": samples, "steps": 2, "precision": "bf16-mixed"}}
+        run = SimpleNamespace(config=configure(word), results=lambda protocol: {})
+        return released.card(about | {"stages": stages}, run)
 
-        @staticmethod
-        def results(protocol: str) -> dict:
-            return {}
+    return card
 
-    card = released.card(about, Told)
+
+def test_the_card_of_a_run_on_real_data(card_of):
+    """Base models and data are named where the configuration has public names; an own file is no set of the hub's."""
+    card = card_of("model=1.7b", {"sqa": 3, "mine.json": 1})
     assert front(card)["base_model"] == ["openai/clip-vit-large-patch14-336", "mtgv/MobileLLaMA-1.4B-Chat"]
-    assert front(card)["datasets"] == ["sqa", "mine.json"]
+    assert front(card)["datasets"] == ["sqa"]
     assert "generated" not in card and "language `mtgv/MobileLLaMA-1.4B-Chat`" in card
     assert "| finetune | 4 | 128 | 2 | bf16-mixed | vision frozen, projector 4e-05, language 4e-05 |" in card
+
+
+def test_the_card_tells_own_files_from_generated_ones(card_of):
+    both = card_of("model=nano", {"sqa": 3, "mine.jsonl": 1})
+    assert "datasets" not in front(both) and "**The data are generated**" in both
+    assert "nothing of the sets themselves. `mine.jsonl`: the owner's." in both
+    assert "generated" not in card_of("model=nano", {"mine.jsonl": 1})
 
 
 def test_scores_with_their_controls(scored):

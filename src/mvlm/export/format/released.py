@@ -14,6 +14,7 @@ from rich.console import Console
 from mvlm import score
 from mvlm.build import STAGES
 from mvlm.chat import Chat
+from mvlm.data.corpus import is_own
 from mvlm.export.card import file_table, seen, table
 from mvlm.export.gate import QUESTIONS, answer, pictures
 from mvlm.export.handover import Source, Unproven, described, refuse
@@ -164,7 +165,7 @@ def _same(parity: dict[str, Any]) -> str:
 
 def _front(about: dict[str, Any], cfg: DictConfig, pocket: bool) -> str:
     """The yaml that the hub reads. The licence is not known here, so it is not claimed; names of the generated sources would be
-    taken for the public sets of these names."""
+    taken for the public sets of these names, and own files are none."""
     bases = [base for base in cfg.model.weights.values() if isinstance(base, str)]
     known = {
         "library_name": "mvlm",
@@ -172,8 +173,9 @@ def _front(about: dict[str, Any], cfg: DictConfig, pocket: bool) -> str:
         "tags": ["mobilevlm", about["projector"]["type"]],
     }
     known |= {"base_model": bases} if bases else {}
-    sources = [name for told in about["stages"].values() for name in told.get("samples", {})]
-    known |= {"datasets": list(dict.fromkeys(sources))} if sources and not pocket else {}
+    samples = [name for told in about["stages"].values() for name in told.get("samples", {})]
+    public = [] if pocket else [name for name in dict.fromkeys(samples) if not is_own(name)]
+    known |= {"datasets": public} if public else {}
     return f"---\n{OmegaConf.to_yaml(OmegaConf.create(known))}---"
 
 
@@ -239,11 +241,12 @@ def _training(about: dict[str, Any], cfg: DictConfig, pocket: bool) -> Iterator[
         for name, count in told.get("samples", {}).items()
     ]
     yield table(["stage", "source", "samples"], sources)
-    if pocket:
+    own = [name for _, name, _ in sources if is_own(name)]
+    if pocket and len(own) < len(sources):
         yield (
             "**The data are generated** (mvlm's pocket world: drawn scenes of OpenMoji objects): counterparts of the public sets of "
             "these names, in their formats, and nothing of the sets themselves."
-        ) + " Files that end in `.json` are their owner's." * any(name.endswith(".json") for _, name, _ in sources)
+        ) + f" {', '.join(f'`{name}`' for name in dict.fromkeys(own))}: the owner's." * bool(own)
     hashes = facts.get("data_sha256", {})
     if hashes:
         yield "The annotation files' SHA-256 are in `manifest.json` (`from.run.data_sha256`)."
