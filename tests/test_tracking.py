@@ -84,6 +84,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[int], lis
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "wandb: WARNING" not in done.stdout + done.stderr
     run = Run(folder / "runs" / "my-own-name")
     return run, [int(line) for line in done.stdout.split()], records(run.folder)
 

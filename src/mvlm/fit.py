@@ -443,6 +443,8 @@ def tracking(cfg: DictConfig, run: Run) -> Iterator[WandbLogger | None]:
         # Seconds, 15 by itself. `wandb sync` of many runs sends none if one was killed before its first lines were on the disk.
         os.environ.setdefault("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "1")
         logger = chosen(save_dir=run.folder, id=run.facts["wandb_id"], resume="allow", **told_to_wandb(cfg, run))
+        # Lightning gives it, and W&B warns at every start that it has no effect.
+        vars(logger).get("_wandb_init", {}).pop("anonymous", None)
         from wandb.errors import Error
 
         try:
