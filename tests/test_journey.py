@@ -25,7 +25,20 @@ REFERENCE = ROOT / "tests" / "reference"
 def trained(shell) -> Run:
     done = shell("train.py", "model=nano")
     assert "Warning" not in done.stdout + done.stderr, "a user can do nothing about it"
-    return Run(shell.folder / "runs" / "nano-ldpv2-v2-unfreeze_llm-s0")
+    run = Run(shell.folder / "runs" / "nano-ldpv2-v2-unfreeze_llm-s0")
+    run.said = done.stdout
+    return run
+
+
+def test_what_is_said_before_is_what_is_trained(trained: Run) -> None:
+    """Steps and samples of the table that a run begins with, beside those of the stages that it then went through."""
+    said = re.findall(r"^│ (\w*) +│ (\w+) +│ (\d+) +│.*│ (\d*) +│$", trained.said, re.M)
+    steps = {stage: int(number) for stage, _, _, number in said if number}
+    samples = [(source, int(count)) for _, source, count, _ in said if count]
+    facts = {stage: trained.stage_facts(stage) for stage in build.STAGES}
+    assert steps == {stage: told["steps"] for stage, told in facts.items()} == {"pretrain": 2, "finetune": 5}
+    assert samples == [each for told in facts.values() for each in told["samples"].items()]
+    assert "finetune: 6 more samples show the 3 pictures that are kept back" in trained.said
 
 
 def test_a_run_folder_holds_the_whole_story(trained: Run) -> None:

@@ -79,9 +79,13 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
         raise ValueError("there is nothing to train on: data.pretrain and data.finetune are both empty lists")
     table = Table("stage", "source", "samples", "rates", "steps", title=f"{run.folder}", title_justify="left")
     hashes = {}
-    for stage, mixture in data.items():
-        if mixture is None:
+    for stage, whole in data.items():
+        if whole is None:
             continue
+        mixture, held_out = hold_out(whole, HELD_OUT)
+        if held_out:
+            shown = f"{len(whole) - len(mixture)} more samples show the {len(held_out)} pictures"
+            why.append(f"{stage}: {shown} that are kept back, to watch what it sees")
         rates = OmegaConf.to_container(cfg.strategy[stage].rates, resolve=True)
         if adapters := cfg.strategy[stage].get("lora"):
             meta_model(cfg.model.module, adapters)  # peft looks at its settings
@@ -100,8 +104,8 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
                 f"{stage} shows no picture in {len(mixture)} samples, so nothing would be learned by what only pictures teach. Add samples that "
                 f"have one, or freeze it: {' '.join(f'strategy.{stage}.rates.{part}=null' for part in idle)}"
             )
-        Skips(stage, mixture)
-        check_labels(stage, mixture)
+        Skips(stage, whole)
+        check_labels(stage, whole)
         for number, (source, count) in enumerate(mixture.counts.items()):
             told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))

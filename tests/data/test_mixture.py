@@ -91,9 +91,20 @@ def test_what_is_held_out_is_shown_by_no_other_sample(data, count, source, tmp_p
 
     assert listed(rest) == [(name, path) for name, path in listed(mixture) if path not in paths]
     assert rest.pictures_used == [path for path in dict.fromkeys(path for _, path in listed(rest)) if path]
+    assert len(rest) >= 53 - 53 // 4
     if taken:  # in turn, from the end of each source that has pictures
         last = {name[0]: path for name, path in listed(mixture) if path}
         assert paths[0] == next(iter(last.values()))
+
+
+@pytest.mark.parametrize("pictures, left, held_out", [(160, 152, 8), (20, 120, 5), (8, 120, 2), (7, 160, 0)])
+def test_few_pictures_with_many_questions_stay_to_be_trained_on(source, tmp_path, pictures, left, held_out):
+    """At most 40 of 160 samples are kept back. Of 20 pictures each is shown by 8 of them, so 5; of 7 by 23, so none: two are the least."""
+    for k in range(pictures):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{k}.png")
+    mixture = Mixture([source("a", 160, tmp_path, [f"{k % pictures}.png" for k in range(160)])])
+    rest, taken = hold_out(mixture, 8)
+    assert (len(rest), len(taken)) == (left, held_out)
 
 
 def test_what_cannot_be_read_is_neither_held_out_nor_moved(source, tmp_path):

@@ -13,7 +13,7 @@ def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
 
     Whatever else shows one of those pictures is taken out as well, so the model has never seen them. A sample whose picture cannot
     be read, or lost its place in the text, is passed over. Fewer are taken where the mixture has fewer than eight times as many
-    samples: a tiny run keeps its data.
+    samples, or where more than a quarter of them would go: a tiny run, or one of few pictures with many questions each, keeps its data.
 
     Returns:
         The mixture without them, and the samples; fewer than two are no use (their pictures could not be swapped) and give none.
@@ -32,10 +32,15 @@ def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
                 dataset, place = mixture.datasets[which], int(there[-depth])
                 if (picture := dataset.picture(place)) not in taken and (sample := dataset[place]).picture:
                     taken[picture] = sample
-    if len(taken) < 2:
-        return mixture, []
-    shown = [
-        begin + np.flatnonzero(np.isin(chosen, dataset.showing(taken)))
-        for dataset, chosen, begin in zip(mixture.datasets, mixture.chosen, mixture.ends, strict=False)
-    ]
-    return mixture.without(np.concatenate(shown)), list(taken.values())
+    while len(taken) >= 2:
+        shown = np.concatenate(
+            [
+                begin + np.flatnonzero(np.isin(chosen, dataset.showing(taken)))
+                for dataset, chosen, begin in zip(mixture.datasets, mixture.chosen, mixture.ends, strict=False)
+            ]
+        )
+        rest = mixture.without(shown)
+        if len(mixture) - len(rest) <= len(mixture) // 4:
+            return rest, list(taken.values())
+        taken.popitem()
+    return mixture, []
