@@ -75,7 +75,7 @@ def test_processes_with_uneven_shares_get_the_score_of_all(pope, said, together,
 
     score = pope.score(said)
     expected = {"value": score.value, "unit_value": score.unit_value, "items": 12}
-    assert together(2, work) == [expected, expected]
+    assert together(2, work, patience=60) == [expected, expected]
 
 
 def test_a_question_answered_twice_counts_once_as_first_told(pope, said):
