@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -300,28 +300,21 @@ def test_a_cache_that_cannot_be_written_is_said(make, tmp_path):
         make([record()], cache=tmp_path / "full")
 
 
-def test_of_two_processes_one_builds(make, builds):
-    """Three of them, forked: they are let go at once, and read thousands of records while the others wait."""
+def test_of_three_processes_one_builds(make, builds, together):
+    """They are let go at once, and read thousands of records while the others wait."""
     records = [record(id=k) for k in range(3000)]
     make(records, name="warm.json")
     builds.write_bytes(b"")
-    fork = multiprocessing.get_context("fork")
-    start, answers = fork.Barrier(3), fork.SimpleQueue()
 
-    def work():
-        start.wait()
+    def work(rank):
+        dist.barrier()
         dataset = make(name="shared.json")
-        answers.put([dataset.record(k)["id"] for k in (0, 1234, 2999)])
+        return [dataset.record(k)["id"] for k in (0, 1234, 2999)]
 
     shared = Path(make(records, name="shared.json").annotations)
     os.utime(shared, (1, 1))  # the index just built is of another file now
     builds.write_bytes(b"")
-    processes = [fork.Process(target=work) for _ in range(3)]
-    for process in processes:
-        process.start()
-    assert [answers.get() for _ in processes] == [[0, 1234, 2999]] * 3
-    for process in processes:
-        process.join()
+    assert together(3, work, patience=60) == [[0, 1234, 2999]] * 3
     assert len(builds.read_bytes()) == 1
 
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -236,17 +237,11 @@ def test_a_request_is_not_too_large(server, folder):
 def test_llama_cpp_behind_it_asks_for_a_key(server):
     """Whoever finds its port can do nothing there."""
     address, _ = server
-    (far,) = (
-        process
-        for process in Path("/proc").glob("[0-9]*")
-        if f"\nPPid:\t{os.getpid()}\n" in (process / "status").read_text()
-        and b"export.far" in (process / "cmdline").read_bytes()
-    )
-    held = {os.readlink(link) for link in (far / "fd").iterdir()}
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    mine = [line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in held]
-    assert all(place.startswith("0100007F:") for place in mine)
-    inner = {f"http://127.0.0.1:{int(place[9:], 16)}" for place in mine} - {address}
+    told = [(one, one.as_dict(["cmdline"])["cmdline"]) for one in psutil.Process().children()]
+    (far,) = (one for one, command in told if command and "mvlm.export.far" in command)
+    places = {one.laddr for one in far.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    assert {place.ip for place in places} == {"127.0.0.1"}
+    inner = {f"http://127.0.0.1:{place.port}" for place in places} - {address}
     assert len(inner) == 1 and asked(inner.pop(), HELLO)[0] == 401
 
 

@@ -12,37 +12,29 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
+import psutil
 from omegaconf import DictConfig
 from rich.console import Console
 
 from mvlm.cli import ROOT
 
 
-def children(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found += children(int(child))
-    return found
-
-
 def looked_at(pid: int) -> tuple[float, int]:
-    """MB of memory and open files of a process and its children; those that end meanwhile count nothing."""
+    """MB of memory and open files of a process and all that descend from it; those that end meanwhile count nothing."""
     memory, files = 0, 0
-    for one in children(pid):
-        try:
-            rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
-            memory += int(next(line for line in rollup.splitlines() if line.startswith("Pss:")).split()[1])
-            files += len(os.listdir(f"/proc/{one}/fd"))
-        except (OSError, StopIteration):
-            continue
-    return memory / 1024, files
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for one in (parent, *parent.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                pss, held = one.memory_full_info().pss, one.num_fds()
+                memory, files = memory + pss, files + held
+    return memory / 2**20, files
 
 
 def slope(values: Sequence[float], per: float, positions: Sequence[float]) -> float:
