@@ -6,7 +6,8 @@
     python doctor.py replay=runs/<run>/finetune/diverged-120.json     a step that diverged: the loss of each of its samples
 
 Missing, corrupt, blanked (no label left), too long; token histograms. The report and the list of records to leave out (train.py
-exclude=doctor/exclude.json) are written where `report` says. The exit code is 1 if more than 0.1 % of a source would teach nothing.
+exclude=doctor/exclude.json) are written where `report` says. The exit code is 1 if more than 0.1 % of a source would teach nothing, or has
+a picture that it does not show.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ def main(cfg) -> None:
     from rich.console import Console
 
     from mvlm import build
-    from mvlm.data.doctor import check_blanked, examine
+    from mvlm.data.doctor import check_useful, examine
 
     with torch.device("meta"):
         image_tokens = build.model(cfg).image_tokens
     files, words = build.corpus(cfg), build.tokenizer(cfg)
-    stages = [build.mixture(cfg, stage, files, words, image_tokens, on_bad_sample="skip") for stage in build.STAGES]
-    report = examine([dataset for mixture in stages if mixture for dataset in mixture.datasets])
+    stages = {stage: build.datasets(cfg, stage, files, words, image_tokens, "skip") for stage in build.STAGES}
+    report = examine(stages)
     report.save(cfg.report)
     Console().print(*report.tables(), f"all that was found is in {cfg.report}/doctor.json", sep="\n")
-    check_blanked(report)
+    check_useful(report)
 
 
 if __name__ == "__main__":

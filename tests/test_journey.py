@@ -11,6 +11,7 @@ from shutil import copytree
 
 import pytest
 import torch
+from PIL import Image
 
 from mvlm import build, fit, score
 from mvlm.model.checkpoint import load_vision
@@ -374,8 +375,41 @@ def test_dialogues_without_labels_stop_a_run(configure, tmp_path: Path) -> None:
     (tmp_path / "blank.json").write_text(json.dumps([GOOD] * 9 + [blank]))
     cfg = configure("model=nano", "data=custom", f"data.finetune=[{tmp_path / 'blank.json'}]", "data.images=.")
     mixture = build.mixture(cfg, "finetune", build.corpus(cfg), build.tokenizer(cfg), 16)
-    with pytest.raises(ValueError, match="1 of 10 dialogues looked at teach nothing"):
+    with pytest.raises(ValueError, match=r"1 of 10 dialogues looked at teach nothing.* record 9 of .*blank\.json"):
         fit.check_labels("finetune", mixture)
+
+
+def test_pictures_without_a_place_in_the_text_stop_a_run(checked, tmp_path: Path) -> None:
+    """They would be trained on as texts, and the projector would learn nothing."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    seen = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red."}]
+    unseen = [{"from": "human", "value": "Which colour?"}, seen[1]]
+    for untagged in (40, 1):
+        records = [{"image": "a.png", "conversations": unseen if k < untagged else seen} for k in range(40)]
+        (tmp_path / "mine.json").write_text(json.dumps(records))
+        with pytest.raises(
+            ValueError, match=f"{untagged} of 40 .* not shown, for no <image> .*record 0 of .*mine.json"
+        ):
+            checked(
+                "data=custom",
+                f"data.finetune=[{tmp_path / 'mine.json'}]",
+                f"data.images={tmp_path}",
+                f"cell=with{untagged}",
+            )
+
+
+def test_pictures_behind_links_are_taken_if_that_is_said(checked, tmp_path: Path) -> None:
+    """As where a shared set of pictures is linked into the corpus' folder."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "root").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "shared/a.png")
+    (tmp_path / "root/coco").symlink_to(tmp_path / "shared")
+    seen = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red."}]
+    (tmp_path / "mine.json").write_text(json.dumps([{"image": "coco/a.png", "conversations": seen}] * 12))
+    words = ("data=custom", f"data.finetune=[{tmp_path / 'mine.json'}]", f"data.images={tmp_path / 'root'}")
+    with pytest.raises(ValueError, match=r"leads out of the image folder; follow_links=true allows it"):
+        checked(*words, "cell=refused")
+    checked(*words, "cell=taken", "follow_links=true")
 
 
 def test_bad_data_is_told_in_one_line(shell) -> None:

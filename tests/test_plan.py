@@ -288,6 +288,8 @@ def test_own_files_are_counted(tmp_path: Path) -> None:
     assert count_samples([own, "x"], {"samples": {"x": 4}}) == 7
     with pytest.raises(ValueError, match="no count for y; it has x"):
         count_samples(["y"], {"samples": {"x": 4}})
+    with pytest.raises(ValueError, match="no count for y; it has x"):
+        count_samples(["y"], {"samples": {"x": 4}, "sources": {"y": {"file": "y.json"}}})
     made = planned("model=nano", "data=custom", f"data.finetune=[{own}]")
     assert list(made.stages) == ["finetune"] and made.stages["finetune"].samples == 3
     with pytest.raises(ValueError, match="both stages are empty"):

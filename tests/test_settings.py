@@ -36,6 +36,9 @@ WRONG = {
     "recipe.max_length": [0],
     "recipe.start": ["words "],
     "recipe.cache_features": ["yes"],
+    "follow_links": ["yes"],
+    "data.pretrain": ["sbu"],
+    "data.finetune": ["mine.json", None],
 }
 
 
@@ -76,3 +79,13 @@ def test_a_folder_of_own_pictures_without_own_files_is_refused(configure) -> Non
     ):
         settings.check(configure("data.images=pictures"))
     settings.check(configure("data=custom", "data.finetune=[mine.json]", "data.images=pictures"))
+
+
+def test_a_start_from_words_needs_whole_pictures(configure) -> None:
+    square = ["recipe.pretrain.pictures=square", "recipe.finetune.pictures=square"]
+    with pytest.raises(ValueError, match=r"start=words .* recipe.pretrain.pictures=square cuts them"):
+        settings.check(configure("model=pocket", square[0]))
+    with pytest.raises(ValueError, match=r"recipe.finetune.pictures=square cuts them"):
+        settings.check(configure("model=pocket", square[1], "data.pretrain=[]"))
+    settings.check(configure("model=pocket", square[1]))
+    settings.check(configure("model=pocket", *square, "recipe.start=random"))

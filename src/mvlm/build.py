@@ -97,35 +97,34 @@ def asking(cfg: DictConfig, words: Tokenizer, model: Callable[[], MobileVLM]) ->
     }
 
 
-def mixture(
-    cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int, on_bad_sample: str | None = None
-) -> Mixture | None:
-    """A stage's samples, checked record by record, without those that `exclude` lists; None if the stage has no data.
+def datasets(
+    cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int, on_bad_sample: str
+) -> list[LlavaDataset]:
+    """A stage's sources, checked record by record, without the records that `exclude` lists."""
+    listed = cfg.get("exclude")
+    return [
+        LlavaDataset(
+            source.annotations,
+            source.images,
+            talk(cfg, stage),
+            words,
+            pictures(cfg, stage),
+            image_tokens=image_tokens,
+            max_length=cfg.recipe.max_length,
+            source=source.name,
+            on_bad_sample=on_bad_sample,
+            exclude=partial(read_exclusions, listed, stage, source.name) if listed else (),
+            follow_links=cfg.get("follow_links", False),
+        )
+        for source in sources_of(files, list(cfg.data[stage]), cfg.data.images)
+    ]
 
-    Args:
-        on_bad_sample: `stop` or `skip`; as the configuration has it if None.
-    """
-    names, listed = list(cfg.data[stage]), cfg.get("exclude")
-    if not names:
+
+def mixture(cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_tokens: int) -> Mixture | None:
+    """A stage's samples; None if the stage has no data."""
+    if not cfg.data[stage]:
         return None
-    return Mixture(
-        [
-            LlavaDataset(
-                source.annotations,
-                source.images,
-                talk(cfg, stage),
-                words,
-                pictures(cfg, stage),
-                image_tokens=image_tokens,
-                max_length=cfg.recipe.max_length,
-                source=source.name,
-                on_bad_sample=on_bad_sample or cfg.on_bad_sample,
-                exclude=partial(read_exclusions, listed, source.name) if listed else (),
-            )
-            for source in sources_of(files, names, cfg.data.images)
-        ],
-        seed=cfg.seed,
-    )
+    return Mixture(datasets(cfg, stage, files, words, image_tokens, cfg.on_bad_sample), seed=cfg.seed)
 
 
 def device(wanted: str = "auto") -> torch.device:

@@ -32,7 +32,7 @@ from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
 from mvlm.data.corpus import Corpus
 from mvlm.data.datamodule import Skips, StepData, worker_count
-from mvlm.data.doctor import BLANKED_LIMIT
+from mvlm.data.doctor import USELESS, USELESS_LIMIT
 from mvlm.data.held_out import hold_out
 from mvlm.data.image import PictureError
 from mvlm.data.mixture import Mixture
@@ -111,7 +111,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
         hashes |= {f"{stage}/{d.source}": d.sha256 for d in mixture.datasets}
         if cfg.get("exclude"):
-            left_out = ", ".join(f"{d.excluded:,} of {d.source}" for d in mixture.datasets)
+            left_out = ", ".join(f"{len(d.excluded):,} of {d.source}" for d in mixture.datasets)
             why.append(f"{stage}: trained without {left_out}, as {cfg.exclude} says")
     if cfg.get("exclude"):
         hashes["exclude"] = file_hash(Path(cfg.exclude))
@@ -140,22 +140,23 @@ def check_data(run: Run, hashes: Mapping[str, str]) -> None:
 
 
 def check_labels(stage: str, mixture: Mixture) -> None:
-    """Tokenise a sample of the dialogues (at most LOOKED_AT, evenly spread) and count those that are left without a label.
+    """Tokenise a sample of the dialogues (at most LOOKED_AT, evenly spread) and count those that are of no use.
 
     Raises:
-        ValueError: more than BLANKED_LIMIT of them.
+        ValueError: more than USELESS_LIMIT of them.
     """
     every = -(-len(mixture) // LOOKED_AT)
     looked_at = [mixture.find(k) for k in range(0, len(mixture), every)]
-    blanked = [
-        f"{d.source} record {d.record_number(place)}" for d, place in looked_at if d.encode(d.record(place)).blanked
-    ]
-    if len(blanked) > BLANKED_LIMIT * len(looked_at):
-        raise ValueError(
-            f"{stage}: {len(blanked)} of {len(looked_at)} dialogues looked at teach nothing, for they have no label (limit "
-            f"{BLANKED_LIMIT:.1%}), the first: {blanked[0]}. Their answers are empty or lie beyond recipe.max_length; "
-            "python doctor.py lists all of them, and exclude=doctor/exclude.json trains without"
-        )
+    encoded = [dataset.encode(dataset.record(place)) for dataset, place in looked_at]
+    for kind, what in USELESS.items():
+        found = [where for where, one in zip(looked_at, encoded, strict=True) if getattr(one, kind)]
+        if len(found) > USELESS_LIMIT * len(looked_at):
+            dataset, place = found[0]
+            raise ValueError(
+                f"{stage}: {len(found)} of {len(looked_at)} dialogues looked at {what} (limit {USELESS_LIMIT:.1%}; the first is record "
+                f"{dataset.record_number(place)} of {dataset.source}). python doctor.py lists all of them, and "
+                "exclude=doctor/exclude.json trains without"
+            )
 
 
 def validation(cfg: DictConfig, files: Corpus, engines: Collection[str] = ()) -> list[BenchmarkMetric]:
@@ -386,8 +387,9 @@ def start_from_words(
     side = int(model.image_tokens**0.5)
     file = files.root / "scenes.jsonl"
     scenes = [Scene.from_json(json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
-    truth = {scene.picture: cell_words(scene, side, model.image_size) for scene in scenes}
-    shown = [path for path in features if Path(path).name in truth]
+    drawn = files.root / "pictures"
+    truth = {str(drawn / scene.picture): cell_words(scene, side, model.image_size) for scene in scenes}
+    shown = [path for path in features if path in truth]
     if not shown:
         raise ValueError(
             "recipe.start=words needs pictures that know what they show (corpus=pocket) and recipe.cache_features=true; "
@@ -396,7 +398,7 @@ def start_from_words(
     reached = align(
         model.projector,
         torch.stack([features[path] for path in shown]),
-        [truth[Path(path).name] for path in shown],
+        [truth[path] for path in shown],
         lambda word: table[words.encode(" " + word)],
         autocast=autocast,
     )

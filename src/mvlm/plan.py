@@ -225,7 +225,8 @@ def count_samples(names: list[str], corpus: Mapping[str, Any]) -> int:
     from mvlm.data.corpus import is_own
 
     counts = dict(corpus.get("samples") or {})
-    counts |= {name: entry["samples"] for name, entry in (corpus.get("sources") or {}).items()}
+    entries = (corpus.get("sources") or {}).items()
+    counts |= {name: entry["samples"] for name, entry in entries if entry.get("samples") is not None}
     own = {name: _count(Path(name)) for name in names if is_own(name)}
     if unknown := [name for name in names if name not in counts | own]:
         raise ValueError(f"the corpus has no count for {', '.join(unknown)}; it has {', '.join(counts)}")

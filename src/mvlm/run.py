@@ -43,6 +43,7 @@ MACHINE_KEYS = (
     "features",
     "workers",
     "on_bad_sample",
+    "follow_links",
     "on_divergence",
     "checkpointing",
     "checkpoint_every",
@@ -171,7 +172,7 @@ class Run:
         """
         resolved = OmegaConf.to_container(cfg, resolve=True)
         refuse_secrets(resolved)
-        run = cls(Path(cfg.runs) / (cfg.cell or cell_name(cfg)))
+        run = cls(Path(str(cfg.runs)) / str(cfg.cell or cell_name(cfg)))
         if not first_process():
             run.wait()
             return run

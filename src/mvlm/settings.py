@@ -38,6 +38,7 @@ def _or_null(rule: Rule) -> Rule:
 
 POLICY = _one_of("stop", "skip")
 ORDER = _one_of("random", "grouped", "text_first")
+SOURCES = (lambda value: isinstance(value, ListConfig), "a list: [coco,mine.json], or []")
 
 RULES: dict[str, Rule] = {
     "seed": _count(0),
@@ -75,6 +76,9 @@ RULES: dict[str, Rule] = {
     "recipe.clip": _or_null((_number(0, open_below=True), "the largest norm of a gradient, a number above 0")),
     "recipe.max_length": _count(1),
     "recipe.start": _one_of("random", "words"),
+    "follow_links": _one_of(True, False),
+    "data.pretrain": SOURCES,
+    "data.finetune": SOURCES,
     "recipe.cache_features": _one_of(True, False),
 }
 
@@ -83,13 +87,21 @@ def check(cfg: DictConfig) -> None:
     """Look at the settings that a configuration has of these.
 
     Raises:
-        ValueError: the first that is wrong, with what it may be; or a folder of own pictures beside no file of one's own.
+        ValueError: the first that is wrong, with what it may be; a start from words whose pictures are cut, as the truth of their cells is
+            known of whole ones; or a folder of own pictures beside no file of one's own.
     """
     missing = object()
     for key, (right, known) in RULES.items():
         value = OmegaConf.select(cfg, key, default=missing)
         if value is not missing and not right(value):
             raise ValueError(f"{key}={value}: it may be {known}")
+    if OmegaConf.select(cfg, "recipe.start") == "words" and OmegaConf.select(cfg, "data") is not None:
+        first = next((stage for stage in ("pretrain", "finetune") if cfg.data[stage]), None)
+        if first and cfg.recipe[first].pictures == "square":
+            raise ValueError(
+                f"recipe.start=words knows what each place of a whole picture shows, and recipe.{first}.pictures=square cuts them. Set "
+                f"recipe.{first}.pictures=letterbox (or pad), or recipe.start=random"
+            )
     if (images := OmegaConf.select(cfg, "data.images")) is not None:
         from mvlm.data.corpus import is_own  # with what reads them, which takes long to import
 

@@ -63,6 +63,11 @@ def test_names_that_share_a_file_are_one_source_and_only_together(small: Corpus)
         sources_of(small, ["c", "a"])
 
 
+def test_a_source_may_have_no_pictures(tmp_path: Path) -> None:
+    place(tmp_path, "train/t.json")
+    assert Corpus(tmp_path, {"t": {"images": None}}).source("t") == Source("t", tmp_path / "train/t.json", None)
+
+
 def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no source 'textvq'; did you mean 'textvqa'"):
         Corpus(tmp_path, samples={"textvqa": 1, "sqa": 1}).source("textvq")

@@ -114,11 +114,12 @@ RAMP = np.array([[0, 255, 256, 1000, 30000, 65535]], np.uint16)
         (RAMP.astype(np.int32), "x.tiff", "I"),
         (RAMP, "x.pgm", "I"),
         ((RAMP / 65535).astype(np.float32), "x.tiff", "F"),
+        (RAMP.astype(np.float32), "x.tiff", "F"),
     ],
 )
 def test_deep_grey_is_scaled(values, file, mode, tmp_path):
     """0 to 65535 is 0 to 255, half is half. By Pillow's `convert`, which the reference uses, all but the first would be white (of
-    floats all black): a picture of no more use than a blank one."""
+    floats from 0 to 1 all black): a picture of no more use than a blank one."""
     Image.fromarray(values).save(tmp_path / file)
     with Image.open(tmp_path / file) as again:
         assert again.mode == mode and len(set(again.convert("L").tobytes())) <= 2
@@ -131,7 +132,7 @@ def test_very_deep_grey(tmp_path):
     Image.fromarray(np.array([[0, -5, 2**30, 2**31 - 1]], np.int32)).save(tmp_path / "x.tiff")
     assert np.asarray(open_picture(tmp_path / "x.tiff"))[0, :, 0].tolist() == [0, 0, 128, 255]
     Image.fromarray(np.array([[np.nan, np.inf, -np.inf, 0.5]], np.float32)).save(tmp_path / "y.tiff")
-    assert open_picture(tmp_path / "y.tiff").mode == "RGB"
+    assert np.asarray(open_picture(tmp_path / "y.tiff"))[0, :, 0].tolist() == [0, 255, 0, 128], "of floats from 0 to 1"
 
 
 def test_cmyk_of_a_camera(tmp_path):

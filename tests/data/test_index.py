@@ -156,6 +156,8 @@ def test_a_record_a_line(make, tmp_path, small_chunks):
     dataset = make(name="data.jsonl")
     assert [dataset.record(k) for k in range(len(dataset))] == records
     assert read("", "x.jsonl") == []
+    with pytest.raises(ValueError, match=r"x.jsonl is not JSON: line 1, column 1: Unexpected UTF-8 BOM"):
+        read('\ufeff{"id": 1}\n', "x.jsonl")
     with pytest.raises(ValueError, match=r"x.jsonl is not JSON: line 2, column 3: Expecting value"):
         read('{"id": 1}\n  oops', "x.jsonl")
     with pytest.raises(ValueError, match=r"line 2, column 1: Extra data; a file with a record a line ends in .jsonl"):

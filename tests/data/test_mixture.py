@@ -107,6 +107,16 @@ def test_few_pictures_with_many_questions_stay_to_be_trained_on(source, tmp_path
     assert (len(rest), len(taken)) == (left, held_out)
 
 
+def test_where_most_is_text_the_few_pictures_stay_to_be_trained_on(source, tmp_path):
+    """Of 60 texts and 15 pictures one could be kept back, which is no use; of 16 two are."""
+    for k in range(16):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{k}.png")
+    for pictures, taken in ((15, 0), (16, 2)):
+        shown = [f"{k}.png" for k in range(pictures)]
+        rest, held_out = hold_out(Mixture([source("a", 60 + pictures, tmp_path, shown)]), 8)
+        assert len(held_out) == taken and (rest.lengths > 0).sum() == pictures - taken
+
+
 def test_what_cannot_be_read_is_neither_held_out_nor_moved(source, tmp_path):
     """The last samples of a source are held out first: of these one picture is torn. Its sample stays in its place."""
     (tmp_path / "pictures").mkdir()

@@ -156,7 +156,7 @@ def test_samples_are_the_folders_wherever_the_shards_lie(place, home, make, memo
     assert again.index.path == packed.index.path and len(list((tmp_path / "cache").glob("shards/*"))) == (
         place != "folder"
     )
-    (source,) = examine([packed]).sources
+    (source,) = examine({"finetune": [packed]}).sources
     assert (source.samples, source.pictures, source.missing, source.corrupt) == (len(packed), len(NAMES), 0, 0)
 
 
@@ -181,7 +181,7 @@ def test_a_broken_connection_is_no_bad_picture(workers, web, make, monkeypatch):
     with pytest.raises(ConnectionError, match=told):
         list(StepData(Mixture([packed]), 8, 4, workers=workers).train_dataloader())
     with pytest.raises(ConnectionError, match=told):
-        examine([packed])
+        examine({"finetune": [packed]})
 
 
 @pytest.mark.parametrize("place", ["folder", "http"])
@@ -268,6 +268,8 @@ def test_a_picture_that_is_not_in_the_shards(home, make, tmp_path):
         assert problem(make, tmp_path, name)[:2] == (kind, f"picture {name} is not in {home / 'shards'}/index.arrow")
     for name in ("../pictures/gqa/003.png", str(home / "pictures/gqa/003.png"), "gqa/../../pictures/gqa/003.png"):
         assert problem(make, tmp_path, name)[0] == "picture outside its folder"
+    kind, reason = problem(make, tmp_path, "\ud800.png")
+    assert kind == "missing picture" and "half a surrogate pair" in reason
 
 
 def problem(make, tmp_path, name):

@@ -33,8 +33,8 @@ class Corpus:
     Args:
         root: the folder that everything lies in.
         sources: name -> any of `file` (below root; default `train/<name>.json`), `images` (below root, or a URL of
-            shards; default `pictures`), `samples`, `origin` (where to get it) and `status` (what is dead or unknown about it). Names
-            may share a file; see `source`.
+            shards; default `pictures`; null where no record has one), `samples`, `origin` (where to get it) and `status` (what is dead or
+            unknown about it). Names may share a file; see `source`.
         benchmarks: the folder of the benchmark files, below root.
         samples: name -> samples, for sources of which nothing else needs saying.
 
@@ -81,9 +81,9 @@ class Corpus:
         entry = self.entries[name]
         sharing = [other for other in self.entries if self._file(other) == self._file(name)]
         annotations, images = self.root / self._file(name), entry.get("images", "pictures")
-        images = images if is_url(images) else self.root / images
+        images = images if images is None or is_url(images) else self.root / images
         for path, what in ((annotations, "the annotation file"), (images, "the folder of pictures")):
-            if not is_url(path) and not path.exists():
+            if path is not None and not is_url(path) and not path.exists():
                 raise ValueError(
                     f"{what} of source {name!r} is missing: {path}. {self._told(name, sharing)}Put it there, or set "
                     "corpus.root to the folder that everything lies in, or give what you have as data=custom"

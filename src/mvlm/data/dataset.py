@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN, Skipped
+from mvlm.batch import IGNORE_INDEX, Skipped
 from mvlm.data.cache import cache_folder
 from mvlm.data.image import PictureError, Pictures
 from mvlm.data.index import Index, Kept, Row, changed
@@ -82,7 +82,7 @@ class LlavaDataset(Dataset[Sample]):
         cache: the folder of the index; MVLM_CACHE, or `cache`, if None.
 
     Raises:
-        ValueError: the file cannot be read, is no list, or nothing is left of it; with `stop`, a RecordError.
+        ValueError: the file cannot be read or is no list; with `stop`, a RecordError.
     """
 
     def __init__(
@@ -182,6 +182,11 @@ class LlavaDataset(Dataset[Sample]):
         return numbers - np.searchsorted(self._kept.dropped, numbers)
 
     @property
+    def excluded(self) -> list[int]:
+        """Numbers of the records that `exclude` left out."""
+        return np.setdiff1d(self._kept.dropped, [one.record for one in self.skipped]).tolist()
+
+    @property
     def sha256(self) -> str:
         """Of the annotation file as it was read."""
         return self.index.sha256
@@ -210,9 +215,8 @@ class LlavaDataset(Dataset[Sample]):
         record = self.record(index)
         name, encoded = record.get("image"), self.encode(record)
         sample = Sample(shown(record.get("id", self._kept[index]), 80), self.source, encoded.input_ids, encoded.labels)
-        # A picture without a tag, or whose tag was cut off, has no place in the text: the reference trains on the
-        # text alone.
-        if name is None or IMAGE_TOKEN not in encoded.input_ids:
+        # As the reference does: without a place for the picture it is a text.
+        if name is None or encoded.unseen:
             return sample
         path = self.picture(index)
         if self.features is not None and path in self.features:
@@ -234,7 +238,7 @@ class LlavaDataset(Dataset[Sample]):
         total, bad = len(self.index), np.flatnonzero(self.index.words == 0)
         numbers = {*(exclude(self.sha256) if callable(exclude) else exclude)}
         excluded = np.array(sorted(number for number in numbers if 0 <= number < total), np.int64)
-        self.excluded, self._kept = len(excluded), Kept(total, np.union1d(bad, excluded))
+        self._kept = Kept(total, np.union1d(bad, excluded))
         self.skipped: list[Skipped] = []
         left = np.setdiff1d(bad, excluded).tolist()
         for number in left:
@@ -249,9 +253,6 @@ class LlavaDataset(Dataset[Sample]):
                 "%s: %d of %d records skipped; the first is record %d: %s",
                 *(self.annotations, len(self.skipped), total, first.record, first.reason),
             )
-        if not len(self):
-            left_out = f", {len(self.skipped)} bad and {self.excluded} excluded" if total else ""
-            raise ValueError(f"{self.annotations} holds no sample: {total} records{left_out}")
 
     def _row(self, record: Any, folders: dict[str, int | None]) -> Row:
         """What the index keeps of a record."""
@@ -330,7 +331,7 @@ class LlavaDataset(Dataset[Sample]):
             raise DialogueError(f"picture {path} {told}", MISSING)
         if not self.follow_links and not self._inside(path):
             raise DialogueError(
-                f"picture {path} is a link that leads out of the image folder; follow_links=True allows it", OUTSIDE
+                f"picture {path} is a link that leads out of the image folder; follow_links=true allows it", OUTSIDE
             )
 
     def _inside(self, path: str) -> bool:

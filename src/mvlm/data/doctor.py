@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,13 +15,20 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
 
-from mvlm.batch import IGNORE_INDEX, IMAGE_TOKEN
+from mvlm.batch import IGNORE_INDEX
 from mvlm.data.dataset import MISSING, LlavaDataset, shown
 from mvlm.data.image import PictureError, Pictures
 from mvlm.data.prompt import IMAGE_TAG
 
-BLANKED_LIMIT = 0.001
-"""Share of samples without any label above which a training stops."""
+USELESS_LIMIT = 0.001
+"""Share of samples that are of no use above which a training stops: without any label, or with a picture that they do not show."""
+
+USELESS = {
+    "blanked": "teach nothing, for they have no label: their answers are empty or lie beyond recipe.max_length",
+    "unseen": "have a picture that is not shown, for no <image> says where it stands, or it stands beyond recipe.max_length: put the tag "
+    "into the first question, or take `image` out of what is meant as text",
+}
+"""What such samples are told to be, and the cure."""
 
 WRONG = ("missing", "malformed", "corrupt", "blanked", "truncated", "unseen")
 """What is counted of a source: its `SourceReport` tells what each means."""
@@ -35,15 +42,16 @@ class Finding:
     """Its place in the file, from 0."""
     id: str
     kind: str
-    """`missing` picture, `format`, `corrupt` picture, `blanked` (no label), `unseen` (the picture's place was cut
-    off)."""
+    """`missing` picture, `format`, `corrupt` picture, `blanked` (no label), `unseen` (no place for the
+    picture)."""
     reason: str
 
 
 @dataclass
 class SourceReport:
-    """What was found in one source. Samples are the records that can be trained on as far as their text goes."""
+    """What was found in one source of a stage. Samples are the records that can be trained on as far as their text goes."""
 
+    stage: str
     source: str
     annotations: str
     sha256: str
@@ -56,7 +64,7 @@ class SourceReport:
     blanked: int = 0
     truncated: int = 0
     unseen: int = 0
-    """Samples whose picture lost its place in the text to truncation."""
+    """Samples whose picture has no place in the text: it has none, or it was cut off."""
     pictures: int = 0
     """Distinct pictures."""
     label_tokens: int = 0
@@ -65,11 +73,13 @@ class SourceReport:
     histogram: dict[str, int] = field(default_factory=dict)
     """Samples with at most so many ids, and more than the power of two before."""
     findings: list[Finding] = field(default_factory=list)
+    excluded: list[int] = field(default_factory=list)
+    """Records that an earlier list left out; they were not looked at, and stay on the list."""
 
 
 @dataclass
 class Report:
-    """What was found in a corpus, a source at a time."""
+    """What was found in a corpus, a source of a stage at a time."""
 
     sources: list[SourceReport]
 
@@ -78,7 +88,12 @@ class Report:
         title = "What is there; ids of a sample: median, 95 %, most"
         there = _table(title, "source", "samples", "text only", "pictures", "labels", "median", "95 %", "most")
         wrong = _table("What is wrong", "source", *WRONG)
+        stage = None
         for source in self.sources:
+            if source.stage != stage:
+                stage = source.stage
+                there.add_row(f"[bold]{stage}")
+                wrong.add_row(f"[bold]{stage}")
             counts = (source.samples, source.text_only, source.pictures, source.label_tokens)
             lengths = (f"{source.tokens[name]:,.0f}" if source.tokens else "-" for name in ("median", "p95", "max"))
             there.add_row(source.source, *(f"{count:,}" for count in counts), *lengths)
@@ -86,11 +101,13 @@ class Report:
         return there, wrong
 
     def exclusions(self) -> dict[str, Any]:
-        """Records to leave out, as `read_exclusions` takes them: they or their pictures cannot be read, or they teach nothing."""
-        bad, listed = ("missing", "format", "corrupt", "blanked"), {}
-        for s in self.sources:  # one that two stages show in two ways is here twice
-            entry = listed.setdefault(s.source, {"annotations": s.annotations, "sha256": s.sha256, "records": []})
-            entry["records"] = sorted({*entry["records"], *(f.record for f in s.findings if f.kind in bad)})
+        """Records to leave out by stage and source, as `read_exclusions` takes them: they or their pictures cannot be read, they teach
+        nothing, or they speak of a picture that they do not show. What a stage cannot use another may."""
+        listed: dict[str, Any] = {}
+        for s in self.sources:
+            records = sorted({*s.excluded, *(f.record for f in s.findings)})
+            entry = {"annotations": s.annotations, "sha256": s.sha256, "records": records}
+            listed.setdefault(s.stage, {})[s.source] = entry
         return listed
 
     def save(self, folder: str | Path) -> None:
@@ -101,14 +118,15 @@ class Report:
             (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def examine(datasets: Sequence[LlavaDataset], threads: int = 4) -> Report:
+def examine(stages: Mapping[str, Sequence[LlavaDataset]], threads: int = 4) -> Report:
     """Decodes every distinct picture once (once for each way that it is fitted) and tokenises every dialogue.
 
     Args:
-        datasets: opened with `on_bad_sample="skip"`, or the first bad record ends the examination before it begins.
+        stages: the sources of each, opened with `on_bad_sample="skip"`, or the first bad record ends the examination before it begins.
         threads: pictures decoded at once.
     """
-    looks = {(repr(d.pictures), path): d.pictures for d in datasets for path in d.pictures_used}
+    named = [(stage, dataset, repr(dataset.pictures)) for stage, datasets in stages.items() for dataset in datasets]
+    looks = {(look, path): d.pictures for _, d, look in named for path in d.pictures_used}
     seen, damaged = list(looks), {}
     with Progress(transient=True) as progress, ThreadPoolExecutor(threads) as pool:
         task = progress.add_task("decoding pictures", total=len(seen))
@@ -117,45 +135,45 @@ def examine(datasets: Sequence[LlavaDataset], threads: int = 4) -> Report:
             reasons = pool.map(_damage, [path for _, path in block], [looks[key] for key in block])
             damaged |= {key: reason for key, reason in zip(block, reasons, strict=True) if reason}
             progress.advance(task, len(block))
-        task = progress.add_task("reading dialogues", total=sum(map(len, datasets)))
-        return Report([_examine(dataset, damaged, lambda: progress.advance(task)) for dataset in datasets])
+        task = progress.add_task("reading dialogues", total=sum(len(dataset) for _, dataset, _ in named))
+        return Report([_examine(*each, damaged, lambda: progress.advance(task)) for each in named])
 
 
-def check_blanked(report: Report, limit: float = BLANKED_LIMIT) -> None:
-    """Stops where too many samples of a source have no label.
+def check_useful(report: Report, limit: float = USELESS_LIMIT) -> None:
+    """Stops where too many samples of a source are of no use.
 
     Raises:
         ValueError: naming each such source with its share and its first such records.
     """
-    bad = [s for s in report.sources if s.blanked > limit * s.samples]
-    if not bad:
-        return
-    told = []
-    for source in bad:
-        records = [str(f.record) for f in source.findings if f.kind == "blanked"][:3]
-        share = f"{source.blanked} of {source.samples} ({source.blanked / source.samples:.2%}"
-        told.append(f"{source.source} {share}; records {', '.join(records)}, ...)")
-    raise ValueError(
-        f"samples that teach nothing, for they have no label, above the limit of {limit:.2%}: {'; '.join(told)}. Their "
-        "answers are empty or lie beyond max_length: raise it, or train without them (exclude=<report>/exclude.json)"
-    )
+    for kind, what in USELESS.items():
+        told = []
+        for source in report.sources:
+            if (count := getattr(source, kind)) > limit * source.samples:
+                records = [str(f.record) for f in source.findings if f.kind == kind][:3]
+                share = f"{count} of {source.samples} ({count / source.samples:.2%}"
+                told.append(f"{source.stage}, {source.source}: {share}; records {', '.join(records)}, ...)")
+        if told:
+            raise ValueError(
+                f"samples above the limit of {limit:.2%} {what}. {'; '.join(told)}. To train without them: exclude=<report>/exclude.json"
+            )
 
 
-def read_exclusions(path: str | Path, source: str, sha256: str) -> list[int]:
-    """Record numbers to leave out of a source whose annotation file has this hash, for `LlavaDataset(exclude=...)`.
+def read_exclusions(path: str | Path, stage: str, source: str, sha256: str) -> list[int]:
+    """Record numbers that a stage leaves out of a source whose annotation file has this hash, for `LlavaDataset(exclude=...)`.
 
     Raises:
-        ValueError: there is no such list; the source was not examined when it was made; or another annotation file was, so that the numbers
-            mean other records.
+        ValueError: there is no such list; the stage's source was not examined when it was made; or another annotation file was, so that the
+            numbers mean other records.
     """
     cure = "examine the corpus (again): python doctor.py, with the same model=, data= and corpus="
     try:
         listed = json.loads(Path(path).read_text(encoding="utf-8"))
-        entry = listed.get(source)
+        entry = listed.get(stage, {}).get(source)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"exclude={path} is no list of the doctor's ({error}): {cure}") from error
     if entry is None:
-        raise ValueError(f"exclude={path} knows {', '.join(listed) or 'no source'}, and not {source}: {cure}")
+        known = ", ".join(f"{name}/{one}" for name, sources in listed.items() for one in sources)
+        raise ValueError(f"exclude={path} knows {known or 'no source'}, and not {stage}/{source}: {cure}")
     if sha256 != entry["sha256"]:
         raise ValueError(
             f"{entry['annotations']} has changed since {path} was made (sha256 {entry['sha256'][:12]} then, {sha256[:12]} now): "
@@ -173,17 +191,22 @@ def _table(title: str, first: str, *numbers: str) -> Table:
 
 
 def _examine(
-    dataset: LlavaDataset, damaged: dict[tuple[str, str | None], str], advance: Callable[[], None]
+    stage: str,
+    dataset: LlavaDataset,
+    look: str,
+    damaged: dict[tuple[str, str | None], str],
+    advance: Callable[[], None],
 ) -> SourceReport:
     """One source, its damaged pictures known by how they are fitted and their path."""
-    report = SourceReport(dataset.source, str(dataset.annotations), dataset.sha256, samples=len(dataset))
+    report = SourceReport(stage, dataset.source, str(dataset.annotations), dataset.sha256, samples=len(dataset))
+    report.excluded = dataset.excluded
     report.findings = [
         Finding(s.record, s.id, "missing" if s.kind == MISSING else "format", s.reason) for s in dataset.skipped
     ]
     report.missing = sum(s.kind == MISSING for s in dataset.skipped)
     report.malformed = len(dataset.skipped) - report.missing
     report.pictures = len(dataset.pictures_used)
-    tokens, look = [], repr(dataset.pictures)
+    tokens = []
     for index in range(len(dataset)):
         record, path, number = dataset.record(index), dataset.picture(index), dataset.record_number(index)
         encoded = dataset.encode(record)
@@ -198,12 +221,19 @@ def _examine(
         if encoded.blanked:
             report.blanked += 1
             found["blanked"] = "cut off before its first answer" if encoded.truncated else "no answer has a text"
-        if path is not None and encoded.truncated and IMAGE_TOKEN not in encoded.input_ids:
+        if encoded.unseen:
             report.unseen += 1
-            found["unseen"] = f"{IMAGE_TAG} stands beyond max_length {dataset.max_length}"
+            tagged = any(IMAGE_TAG in turn["value"] for turn in record["conversations"])
+            found["unseen"] = (
+                f"{IMAGE_TAG} stands beyond max_length {dataset.max_length}"
+                if tagged
+                else f"no turn has an {IMAGE_TAG}"
+            )
         name = shown(record.get("id", number), 80)
         report.findings += [Finding(number, name, kind, reason) for kind, reason in found.items()]
         advance()
+    if not tokens:
+        return report
     report.tokens = {
         "min": float(min(tokens)),
         "median": float(np.median(tokens)),

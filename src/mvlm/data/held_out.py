@@ -11,14 +11,16 @@ from mvlm.data.mixture import Mixture
 def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
     """Take `count` samples with different pictures out of a mixture, spread over its sources in turn.
 
-    Whatever else shows one of those pictures is taken out as well, so the model has never seen them. A sample whose picture cannot
-    be read, or lost its place in the text, is passed over. Fewer are taken where the mixture has fewer than eight times as many
-    samples, or where more than a quarter of them would go: a tiny run, or one of few pictures with many questions each, keeps its data.
+    Whatever else shows one of those pictures is taken out as well: this stage trains on none of them. A sample whose picture cannot
+    be read, or has no place in the text, is passed over. Of the samples that have a picture, fewer are taken where there are fewer than
+    eight times as many, or where more than a quarter of them would go: a tiny run, or one of few pictures with many questions each,
+    keeps its data.
 
     Returns:
         The mixture without them, and the samples; fewer than two are no use (their pictures could not be swapped) and give none.
     """
-    count = min(count, len(mixture) // 8)
+    pictured = int((mixture.lengths > 0).sum())
+    count = min(count, pictured // 8)
     places = [
         np.asarray(chosen, np.int64)[dataset.lengths[chosen] > 0]
         for dataset, chosen in zip(mixture.datasets, mixture.chosen, strict=True)
@@ -40,7 +42,7 @@ def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
             ]
         )
         rest = mixture.without(shown)
-        if len(mixture) - len(rest) <= len(mixture) // 4:
+        if len(mixture) - len(rest) <= pictured // 4:
             return rest, list(taken.values())
         taken.popitem()
     return mixture, []

@@ -172,16 +172,16 @@ def _name(source: str | Path | bytes) -> str:
 
 def _rgb(picture: Image.Image) -> Image.Image:
     """Any mode to RGB by Pillow's `convert`. That cuts what is above 255 to white, and makes floats from 0 to 1 black: these grey
-    pictures are scaled before. Integers of 32 bits do not tell their range: it is the least of 8, 16 and 31 bits that holds them."""
+    pictures are scaled before. Floats and integers of 32 bits do not tell their range: it is the least of 1 (floats), 8, 16 and 31 bits that
+    holds them."""
     if picture.mode.startswith("I") or picture.mode == "F":
         picture.load()  # here damage is told; numpy would make something of it
-        grey = np.nan_to_num(np.asarray(picture, np.float32), posinf=255, neginf=0)
-        if picture.mode == "F":
-            full = 1 if grey.max() <= 1 else 255
-        else:
-            depths = (255, 65535, 2**31 - 1) if picture.mode == "I" else (65535,)
-            full = next(depth for depth in depths if grey.max() <= depth)
+        grey = np.asarray(picture, np.float32)
+        depths = {"F": (1, 255, 65535), "I": (255, 65535)}.get(picture.mode, (65535,))
+        most = grey[np.isfinite(grey)].max(initial=0)
+        full = next((depth for depth in depths if most <= depth), 2**31 - 1)
         if full != 255:
+            grey = np.nan_to_num(grey, posinf=full, neginf=0)
             picture = Image.fromarray((grey * (255 / full)).clip(0, 255).round().astype(np.uint8))
     return picture.convert("RGB")
 

@@ -301,12 +301,12 @@ def read_records(file: BinaryIO, path: Path, seen: Callable[[bytes], Any] = lamb
                     at = end
                     return found
 
+    if peek() == "\ufeff":
+        fail("Unexpected UTF-8 BOM (decode using utf-8-sig)", at)
     if lines:
         while peek():
             yield value()
         return
-    if peek() == "\ufeff":
-        fail("Unexpected UTF-8 BOM (decode using utf-8-sig)", at)
     if peek() != "[":
         kind = type(value()).__name__
         if peek():

@@ -32,7 +32,7 @@ class Mixture(Dataset[Sample]):
             seen twice is another experiment, which nobody should run by mistake.
 
     Raises:
-        ValueError: unknown or equal names, more samples than there are, or none at all.
+        ValueError: unknown or equal names, more samples than there are, or a source of which nothing is left.
     """
 
     def __init__(
@@ -50,6 +50,10 @@ class Mixture(Dataset[Sample]):
             )
         if unknown := sorted(set(samples) - set(names)):
             raise ValueError(f"no source {', '.join(unknown)} in this mixture; there are {', '.join(names)}")
+        for one in self.datasets:
+            if not len(one):
+                left_out = f", {len(one.skipped)} bad and {len(one.excluded)} excluded" if len(one.index) else ""
+                raise ValueError(f"{one.annotations} holds no sample: {len(one.index)} records{left_out}")
         self.chosen = [
             _choose(dataset, samples.get(dataset.source, len(dataset)), seed, repeat) for dataset in self.datasets
         ]

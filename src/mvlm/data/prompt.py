@@ -52,6 +52,8 @@ class Encoded:
     """No label at all is left: the sample teaches nothing."""
     truncated: bool
     """Longer than max_length, counting a picture as one id; the end was cut off."""
+    unseen: bool
+    """The record names a picture and no place for it is left: no `<image>` in the text, or it was cut off."""
 
 
 class Template(ABC):
@@ -115,6 +117,7 @@ class Template(ABC):
             _widen(labels, ids, image_tokens),
             blanked=all(label == IGNORE_INDEX for label in labels),
             truncated=truncated,
+            unseen=has_image and IMAGE_TOKEN not in ids,
         )
 
     def prompt(self, text: str, tokenizer: Tokenizer, *, image_tokens: int, has_image: bool) -> list[int]:

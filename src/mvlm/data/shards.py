@@ -148,7 +148,10 @@ class Shards:
         return facts
 
     def _row(self, name: str) -> int:
-        wanted = os.fsencode(os.path.normpath(name))
+        try:
+            wanted = os.fsencode(os.path.normpath(name))
+        except UnicodeEncodeError:
+            raise ShardError(f"{name!r} is no name of a file: it has half a surrogate pair") from None
         row = bisect_left(self._names, wanted, key=lambda name: name.as_py())
         if row == len(self._names) or self._names[row].as_py() != wanted:
             raise ShardError(f"picture {name} is not in {self.location}/{INDEX}")
