@@ -52,7 +52,7 @@ def two_runs(cfg) -> None:
         raise ValueError(f"compare={list(cfg.compare)}: name two run folders, compare=[runs/a,runs/b]")
     if cfg.view not in ("none", "blind", "shuffled"):
         raise ValueError(f"view is none, blind or shuffled, not {cfg.view!r}")
-    a, b = map(report.Side.open, cfg.compare)
+    a, b = (report.Side.open(path, cfg.protocol) for path in cfg.compare)
     compared, flipped = report.compare(a, b, cfg.view, cfg.benchmark_root)
     report.show(compared)
     print(f"look at {report.save(compared, flipped, cfg.out or 'report')}")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from mvlm import report
+from mvlm import report, score
 from mvlm.benchmark.base import Sums
 from mvlm.run import Run
 from mvlm.score import collect
@@ -185,8 +185,10 @@ def test_results_alone_suffice_for_means(two, tmp_path) -> None:
 def side(change=lambda results: None) -> report.Side:
     """Results of one benchmark, changed."""
     score = {"value": 50.0, "interval": [0.0, 100.0], "protocol": "paper", "per_question": {"1": 1.0, "2": 0.0}}
+    score |= {"limit": 128, "cut": 0}
     questions = {"gqa": {"sha256": "a", "pictures": {"1": 0, "2": 1}}}
     results = {"protocol": "paper", "corpus": "here", "benchmarks": {"gqa": {"none": score}}, "questions": questions}
+    results["settings"] = {"gqa": {"order": "CQM"}}
     change(results)
     return report.Side(Path("results.json"), results)
 
@@ -204,6 +206,8 @@ def forget(results: dict) -> None:
         (lambda r: r["benchmarks"]["gqa"].pop("none"), "B has no answers of the view 'none'"),
         (lambda r: r["benchmarks"]["gqa"]["none"]["per_question"].update(more=1.0), "2 in A, 3 in B, 2 in both"),
         (lambda r: r["questions"]["gqa"].update(sha256="0"), "the same ids, but other prompts, truths or pictures"),
+        (lambda r: r.update(settings={"gqa": {"order": "QCM"}}), "asked in other ways: order=CQM in A, QCM in B"),
+        (lambda r: r["benchmarks"]["gqa"]["none"].update(limit=8, cut=1), "1 answers of one were cut off at 8 tokens"),
         (forget, "no hash of them is recorded, and A has here, B elsewhere"),
     ],
 )
@@ -223,6 +227,30 @@ def test_answers_that_are_not_those_scored_are_noticed(two) -> None:
     sides[1].results["benchmarks"]["gqa"]["none"]["value"] += 1
     entry = report.compare(*sides)[0]["benchmarks"]["gqa"]
     assert "evaluate again" in entry["note"]
+
+
+def test_whose_scores_are_compared(two) -> None:
+    """Of a folder those of the protocol that is asked for; a file has its own."""
+    folder = two[0].folder
+    with pytest.raises(ValueError, match=r"results-harness\.json is missing"):
+        report.Side.open(folder, "harness")
+    (folder / "results-harness.json").write_text(json.dumps(side(lambda r: r.update(protocol="harness")).results))
+    assert report.Side.open(folder, "harness").results["protocol"] == "harness"
+    assert (
+        report.Side.open(folder, "paper").results["protocol"] == "paper" == report.Side.open(folder).results["protocol"]
+    )
+    with pytest.raises(ValueError, match=r"has scores of protocol=harness, and protocol=paper is asked for"):
+        report.Side.open(folder / "results-harness.json", "paper")
+
+
+def test_a_benchmark_with_a_setting_of_its_own_is_read_as_it_was_asked(scored, monkeypatch) -> None:
+    """Its questions hash otherwise by the page as it stands, and the answers would not be found to be theirs."""
+    run = scored("q", lambda q, view: True)
+    file = run.folder / "results.json"
+    results = json.loads(file.read_text())
+    results["settings"] = {"sqa": score.settings_of("sqa", {}) | {"order": "QCM"}}
+    file.write_text(json.dumps(results))
+    assert report.benchmark("sqa", results["corpus"], report.Side.open(run.folder)).order == "QCM"
 
 
 def test_no_results_is_told_with_the_cure(tmp_path) -> None:

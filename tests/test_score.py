@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
-from mvlm import score
+from mvlm import build, score
 from mvlm.benchmark.base import Question
 from mvlm.page import Shown, gallery, picture_of, spread, thumbnail
 
@@ -91,6 +92,45 @@ def test_the_largest_page_stays_below_20_megabytes() -> None:
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
     assert score.PAGE_QUESTIONS * len(thumbnail(file.getvalue())) < 18e6  # the text takes the rest
+
+
+def test_one_benchmark_scored_again_takes_none_from_the_others(scored, configure) -> None:
+    """The other benchmarks and the other views are scored from their stored answers, as each was set; no model is asked."""
+    run = scored("a", lambda q, view: view == "none", ("blind", "shuffled"))
+    file = run.folder / "results.json"
+    before = json.loads(file.read_text())
+    cfg = run.config
+
+    def again(words: list[str], controls: list[str]) -> dict:
+        chosen = configure("run=x", *words, page="evaluate").benchmark
+        files, words = build.corpus(cfg), build.tokenizer(cfg)
+        return score.run(run, lambda: pytest.fail("a model is asked"), files, words, chosen, controls, again=False)
+
+    for words, controls in ((["benchmark=[gqa]"], []), (["benchmark=[pope,gqa]"], ["blind"])):
+        again(words, controls)
+        after = json.loads(file.read_text())
+        assert after["avg"] == before["avg"] and after["questions"] == before["questions"]
+        assert {n: {*views} for n, views in after["benchmarks"].items()} == {
+            n: {"none", "blind", "shuffled"} for n in before["benchmarks"]
+        }
+        assert set(after["settings"]) == set(before["benchmarks"])
+    assert "MMB-dev" in (run.folder / "index.html").read_text()
+    (run.folder / "answers" / "mme.jsonl").unlink()
+    left = again(["benchmark=[gqa]"], [])
+    assert set(left["benchmarks"]) == set(before["benchmarks"]) - {"mme"} and left["avg"]["none"] is None
+
+
+def test_how_answers_were_asked_for_otherwise_is_told(scored, configure) -> None:
+    run = scored("a", lambda q, view: True)
+    results = json.loads((run.folder / "results.json").read_text())
+    assert score.unusual(results) == []
+    results["settings"] = OmegaConf.to_container(
+        configure("run=x", "benchmark.sqa.order=QCM", page="evaluate").benchmark
+    )
+    results["benchmarks"]["gqa"]["none"] |= {"cut": 3, "limit": 2, "own_limit": 128}
+    told = ["sqa.order=QCM", "3 answers cut off at 2 tokens, below the protocol's limit"]
+    assert score.unusual(results) == told and all(way in score.about(run, results) for way in told)
+    assert "MME-P / 20" in score.rows(results)
 
 
 @pytest.mark.parametrize(

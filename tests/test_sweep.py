@@ -102,6 +102,29 @@ def test_a_page_of_ones_own(pages: Path) -> None:
         cells(["sweeps=mine"])
 
 
+def test_a_page_says_null_and_lists_as_pages_do(pages: Path) -> None:
+    (pages / "mine.yaml").write_text(
+        "title: t\npublished: null\ncells:\n"
+        "  a: {recipe.clip: null, strategy.pretrain.rates.language: null, exclude: null}\n"
+        "  b: {benchmark: [gqa, pope], recipe.optimizer.betas: [0.9, 0.95], recipe.cache_features: false}\n"
+    )
+    a, b = cells(["sweeps=mine"])
+    assert a.cfg.recipe.clip is None and a.cfg.strategy.pretrain.rates.language is None and a.cfg.exclude is None
+    assert [*b.cfg.benchmark] == ["gqa", "pope"] and list(b.cfg.recipe.optimizer.betas) == [0.9, 0.95]
+    assert b.cfg.recipe.cache_features is False
+
+
+@pytest.mark.parametrize("words", [["trainer.precision=32-true,bf16-mixed"], ["protocol=paper,harness"]])
+def test_two_cells_that_one_folder_would_hold_are_refused(words: list[str]) -> None:
+    """Else one of them would never be trained, and its row would show the other's scores."""
+    key = words[0].split("=")[0]
+    with pytest.raises(
+        ValueError, match=rf"would be trained once for two cells, {key}=.* and {key}=[^:]*:(.|\n)*  {key}: "
+    ):
+        cells(words)
+    assert len(cells(["sweeps=table6,table7"])) == 8, "the same cell in two tables is one"
+
+
 @pytest.fixture
 def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in place of sweeps/."""

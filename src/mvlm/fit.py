@@ -274,7 +274,8 @@ def stage(
     )
     watching = []
     if metrics := validation(cfg, files, [how]):
-        answering = build.asking(cfg, words, lambda: model) | {"batch_size": 32, "max_new_tokens": 32}
+        answering = build.asking(cfg, words, lambda: model)
+        answering |= {"batch_size": 32, "max_new_tokens": score.limit(cfg, cfg.benchmark_root)}
         watching = [Validation(metrics, cfg.val_every, precision=autocast or torch.float32, **answering)]
     rows = resume.Rows(run.folder, name=name, version="")
     trainer = L.Trainer(

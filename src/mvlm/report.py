@@ -36,10 +36,9 @@ from rich.table import Table
 
 from mvlm.benchmark.base import Benchmark, Protocol, Question, Sums, drawn_again, percent
 from mvlm.benchmark.evaluate import AVERAGED, answers_file, stored
-from mvlm.cli import CONF
 from mvlm.page import CONTROLS, Shown, document, gallery, spread, table
-from mvlm.run import write_json
-from mvlm.score import PAGE_QUESTIONS, TITLES, Item, benchmarks, fingerprint
+from mvlm.run import beside, write_json
+from mvlm.score import PAGE_QUESTIONS, PLACES, TITLES, Item, benchmarks, fingerprint, settings_of
 
 DRAWS = 10_000
 """Of the bootstrap and of the randomization: a p of 0.05 is known to 0.002."""
@@ -92,14 +91,17 @@ class Side:
     results: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | Path) -> Side:
+    def open(cls, path: str | Path, protocol: Protocol | None = None) -> Side:
         """From a run folder or a results.json.
 
+        Args:
+            protocol: whose scores; in a folder the paper's, of a file what it has, if None.
+
         Raises:
-            ValueError: there are no results, or the file is no results.json.
+            ValueError: there are no results, the file is no results.json, or its protocol is another.
         """
         path = Path(path)
-        file = path / "results.json" if path.is_dir() else path
+        file = path / f"results{beside(protocol or 'paper')}.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(
                 f"{file} is missing: score the run with python evaluate.py run={path}, or name another one"
@@ -109,6 +111,10 @@ class Side:
             _ = [views["none"]["per_question"] for views in results["benchmarks"].values()], results["protocol"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is no results.json as evaluate.py writes it ({error!r})") from error
+        if protocol not in (None, results["protocol"]):
+            raise ValueError(
+                f"{file} has scores of protocol={results['protocol']}, and protocol={protocol} is asked for"
+            )
         return cls(file, results)
 
     def about(self) -> str:
@@ -163,6 +169,14 @@ def unlike(a: Side, b: Side, name: str, view: str) -> str:
     protocols = [score.get("protocol", side.results["protocol"]) for score, side in zip(scores, (a, b), strict=True)]
     if protocols[0] != protocols[1]:
         return f"protocol {protocols[0]} in A, {protocols[1]} in B"
+    ways = [side.results.get("settings", {}).get(name, {}) for side in (a, b)]
+    keys = sorted((ways[0].keys() & ways[1].keys()) - {*PLACES})
+    if others := [f"{key}={ways[0][key]} in A, {ways[1][key]} in B" for key in keys if ways[0][key] != ways[1][key]]:
+        return f"asked in other ways: {', '.join(others)}"
+    one, two = sorted(scores, key=lambda score: score.get("limit") or 0)
+    if one.get("limit") and one["limit"] < two["limit"] and one["cut"]:
+        told = f"{one['cut']} answers of one were cut off at {one['limit']} tokens, and the other's might have {two['limit']}"
+        return f"{told} (evaluate both again)"
     ids = [set(score["per_question"]) for score in scores]
     if ids[0] != ids[1]:
         return f"other questions: {len(ids[0])} in A, {len(ids[1])} in B, {len(ids[0] & ids[1])} in both"
@@ -267,7 +281,7 @@ def compare(a: Side, b: Side, view: str = "none", root: str | Path | None = None
         one, two = (side.results["benchmarks"][name][view] for side in (a, b))
         entry = found[name] = both(one, two)
         try:
-            made = benchmark(name, root, one.get("protocol", a.results["protocol"]))
+            made = benchmark(name, root, a)
             *sums[name], items = flipped(a, b, made, view)
             shown += [flip(item) for item in spread(items, PAGE_QUESTIONS // len(names))]
         except (ValueError, OSError) as error:
@@ -341,18 +355,16 @@ def told_apart(difference: float, again: np.ndarray, null: np.ndarray) -> dict[s
     return {"interval": [float(low), float(high)], "p": p_value(difference, null), "test": "swap"}
 
 
-def benchmark(name: str, root: str | Path, protocol: Protocol) -> Benchmark:
-    """A benchmark by the name of its page in conf/benchmark, asked by a protocol.
+def benchmark(name: str, root: str | Path, side: Side) -> Benchmark:
+    """A benchmark as a run was asked it.
 
     Raises:
-        ValueError: it has none, or there is no folder of benchmark files.
+        ValueError: it has no page in conf/benchmark, or there is no folder of benchmark files.
     """
     if not Path(root).is_dir():
         raise ValueError(f"no folder {root} of benchmark files is here: name it, benchmark_root=...")
-    page = CONF / "benchmark" / f"{name}.yaml"
-    if not page.is_file():
-        raise ValueError(f"there is no conf/benchmark/{name}.yaml")
-    (made,) = benchmarks(OmegaConf.load(page), Path(root), protocol)
+    page = OmegaConf.create({name: settings_of(name, side.results)})
+    (made,) = benchmarks(page, Path(root), side.results["protocol"])
     return made
 
 

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from mvlm import build
 from mvlm.benchmark.base import Benchmark, Protocol, Question, digest
-from mvlm.benchmark.evaluate import answers_file, evaluate, stored
+from mvlm.benchmark.evaluate import answers_file, averages, evaluate, stored
 from mvlm.benchmark.ranks import ranks
-from mvlm.cli import instance
+from mvlm.cli import CONF, instance
 from mvlm.data.corpus import Corpus
 from mvlm.data.tokenizer import Tokenizer
 from mvlm.model.mobilevlm import MobileVLM
@@ -30,6 +30,12 @@ from mvlm.run import Run, beside, manifest, write_json
 
 TITLES = {"gqa": "GQA", "sqa": "SQA-I", "textvqa": "VQA-T", "pope": "POPE", "mme": "MME-P", "mmbench": "MMB-dev"}
 """Column heads of the paper's tables."""
+
+PLACES = ("_target_", "folder", "protocol", "any_version")
+"""What a benchmark's page has beside settings of its own."""
+
+GENERATED_LIMIT = 32
+"""Tokens that an answer to a generated benchmark may have: a word, a letter, yes or no is asked for."""
 
 PAGE_PICTURES = 24
 """Pictures on index.html, dealt evenly to the benchmarks."""
@@ -116,6 +122,11 @@ def is_generated(cfg: DictConfig, folder: str | Path | None) -> bool:
     return folder is None and OmegaConf.is_dict(cfg.corpus.root)
 
 
+def limit(cfg: DictConfig, folder: str | Path | None) -> int | None:
+    """Tokens that a run's answers may have; None: as many as the protocol says."""
+    return GENERATED_LIMIT if is_generated(cfg, folder) else None
+
+
 def opened(
     cfg: DictConfig,
     chosen: DictConfig,
@@ -153,7 +164,7 @@ def run(
     protocol: Protocol = "paper",
     any_version: bool = False,
     batch_size: int = 32,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     precision: str = "auto",
     device: str = "auto",
     again: bool = False,
@@ -162,16 +173,20 @@ def run(
 ) -> dict[str, Any]:
     """Answer, score, print, and write results.json, index.html and wrong.html (of protocol harness results-harness.json, ...).
 
-    Of several processes each answers its part, and one writes.
+    Of several processes each answers its part, and one writes. What an earlier results.json has beside (other benchmarks, other views)
+    is scored again from its stored answers, so that no score is lost.
 
     Args:
         model: builds the model; not called if every answer is stored already.
         folder, protocol, any_version: see `opened`.
+        max_new_tokens: a lower limit than the protocol's; see `limit` for None.
         again, flips: see `evaluate`.
         wandb: gets the scores and a table of predictions.
     """
     cfg = run.config
-    found = opened(cfg, chosen, files, folder=folder, protocol=protocol, any_version=any_version)
+    which = {"folder": folder, "protocol": protocol, "any_version": any_version}
+    found = opened(cfg, chosen, files, **which)
+    before = earlier(run, protocol)
     # In its type once; autocast would convert the weights again for every batch.
     kind = build.device(device), build.autocast_type(build.precision(precision, device))
 
@@ -186,15 +201,70 @@ def run(
         controls=list(controls),
         again=again,
         flips=flips,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or limit(cfg, folder),
         batch_size=batch_size,
         features={},
         **build.asking(run.config, words, ready),
     )
-    results["generated"] = is_generated(cfg, folder)
+    settings = OmegaConf.to_container(chosen)
+    for name, views in before.get("benchmarks", {}).items():
+        more = [view for view in views if view not in results["benchmarks"].get(name, {})]
+        if more:
+            told = settings.get(name) or settings_of(name, before)
+            try:
+                opens = [one for one in found if one.name == name] or opened(
+                    cfg, OmegaConf.create({name: told}), files, **which
+                )
+                scored = evaluate(
+                    None, opens, run.folder / "answers", controls=[view for view in more if view != "none"]
+                )
+            except ValueError as error:
+                Console().print(f"[yellow]earlier scores are left out, {name} {', '.join(more)}:[/] {error}")
+                continue
+            if name not in settings:
+                found, settings[name] = found + opens, told
+                if name in before.get("flips", {}):
+                    results["flips"] = results.get("flips", {}) | {name: before["flips"][name]}
+            results["benchmarks"][name] = scored["benchmarks"][name] | results["benchmarks"].get(name, {})
+    results["avg"] = averages(results["benchmarks"])
+    results |= {"generated": is_generated(cfg, folder), "settings": settings}
     if ranks()[0] > 0:
         return results
     return publish(run, results, found, folder or files.benchmarks, wandb)
+
+
+def earlier(run: Run, protocol: Protocol) -> dict[str, Any]:
+    """What a run's results.json says, or nothing where there is none."""
+    file = run.folder / f"results{beside(protocol)}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def settings_of(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """A benchmark's page of conf/benchmark, as a results.json says that it was set, or as it stands.
+
+    Raises:
+        ValueError: there is no such page.
+    """
+    if (told := results.get("settings", {}).get(name)) is not None:
+        return told
+    page = CONF / "benchmark" / f"{name}.yaml"
+    if not page.is_file():
+        raise ValueError(f"there is no conf/benchmark/{name}.yaml")
+    return OmegaConf.to_container(OmegaConf.load(page))[name]
+
+
+def unusual(results: Mapping[str, Any]) -> list[str]:
+    """What of the way that answers were asked for is not the protocol's as it stands: settings of a benchmark's own, a lower limit."""
+    told = []
+    for name, settings in results.get("settings", {}).items():
+        usual = settings_of(name, {}) if (CONF / "benchmark" / f"{name}.yaml").is_file() else settings
+        told += [f"{name}.{k}={v}" for k, v in settings.items() if k not in PLACES and v != usual.get(k)]
+    short: Counter = Counter()
+    for views in results["benchmarks"].values():
+        if (one := views["none"]).get("limit") and one["limit"] < one["own_limit"]:
+            short[one["limit"]] += one["cut"]
+    told += [f"{n} answers cut off at {limit} tokens, below the protocol's limit" for limit, n in short.items() if n]
+    return told
 
 
 def publish(
@@ -261,13 +331,13 @@ def rows(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     """The table's cells as text: each benchmark's score and half-width of its interval by view, and `items`; then Avg."""
     table = {}
     for name, views in results["benchmarks"].items():
-        table[TITLES.get(name, name)] = {
+        table[TITLES.get(name, name) + (" / 20" if name == "mme" else "")] = {
             view: f"{s['value']:.1f}"
             + (f" ± {(s['interval'][1] - s['interval'][0]) / 2:.1f}" if view == "none" else "")
             for view, s in views.items()
         } | {"items": counted(views["none"], results["generated"])}
     if results["avg"]["none"] is not None:
-        table["Avg"] = {view: f"{value:.1f}" for view, value in results["avg"].items()}
+        table["Avg"] = {view: f"{value:.1f}" for view, value in results["avg"].items() if value is not None}
     return table
 
 
@@ -281,7 +351,11 @@ def show(results: dict[str, Any], run: Run) -> None:
     for name, cells in rows(results).items():
         printed.add_row(name, *(cells.get(column, "") for column in (*views, "items")))
     Console().print(printed)
-    gaps = [results["avg"]["none"] - results["avg"][c] for c in views[1:] if results["avg"]["none"] is not None]
+    gaps = [
+        results["avg"]["none"] - results["avg"][c]
+        for c in views[1:]
+        if None not in (results["avg"]["none"], results["avg"][c])
+    ]
     if gaps and min(gaps) < 5:
         Console().print("[yellow]The true picture gains it less than 5 points: this model has not learned to see.[/]")
     if flips := results.get("flips"):
@@ -323,7 +397,7 @@ def log(results: Mapping[str, Any], items: Mapping[str, Sequence[Item]], wandb: 
             q = item.question
             if q.image is not None and q.image not in pictures:
                 pictures[q.image] = library.Image(picture_of(q.image))
-            said = [cell for view in views for cell in (item.answers[view], item.marks[view])]
+            said = [cell for view in views for cell in (item.answers.get(view), item.marks.get(view))]
             rows.append([TITLES.get(name, name), q.id, q.group, pictures.get(q.image), asked(q), told(q.truth), *said])
         summary |= {f"scores{end}/{name}/{view}": score["value"] for view, score in scores.items()}
         summary |= {f"predictions{end}/{name}/shown": len(chosen), f"predictions{end}/{name}/of": len(items[name])}
@@ -339,7 +413,8 @@ def about(run: Run, results: dict[str, Any]) -> str:
     other = [TITLES.get(name, name) for name, views in results["benchmarks"].items() if not views["none"]["official"]]
     if other and not results["generated"]:
         corpus += f" ({', '.join(other)} of no published version)"
-    return f"{run.folder.name}, protocol {results['protocol']}, {corpus}, 95% intervals over pictures"
+    ways = "".join(f", {way}" for way in unusual(results))
+    return f"{run.folder.name}, protocol {results['protocol']}{ways}, {corpus}, 95% intervals over pictures"
 
 
 def page_of(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[Item]]) -> str:
@@ -376,7 +451,7 @@ def wrong_page(run: Run, results: dict[str, Any], items: Mapping[str, Sequence[I
     for name, some in items.items():
         wrong = [item for item in some if not item.right]
         chosen = spread(wrong, share)
-        won = [sum(item.marks[view] >= 0.5 for item in wrong) for view in controls]
+        won = [sum(item.marks.get(view, 0) >= 0.5 for item in wrong) for view in controls]
         neither = sum(item.outcome == "wrong with every control" for item in wrong)
         counts.append(
             [TITLES.get(name, name), len(some), len(wrong), len(chosen), *won, *([neither] if controls else [])]

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from itertools import product
@@ -47,7 +47,7 @@ from rich.table import Table
 
 from mvlm.cli import CONF, ROOT, check_overrides, nearest
 from mvlm.plan import physical_memory
-from mvlm.run import REQUEUE, Run, cell_name, duration, write_json
+from mvlm.run import REQUEUE, Run, cell_name, differences, duration, flatten, write_json
 from mvlm.trust import read_json
 
 if TYPE_CHECKING:
@@ -102,7 +102,21 @@ class Sweep:
 
     def overrides(self, row: str) -> list[str]:
         """A row as words of the command line."""
-        return [f"{key}={value}" for key, value in self.rows[row].items()]
+        return [f"{key}={word(value)}" for key, value in self.rows[row].items()]
+
+
+def word(value: Any) -> str:
+    """A value of a page as the command line spells it: null, true, [gqa,pope], {r:8}."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list():
+            return f"[{','.join(map(word, value))}]"
+        case dict():
+            return f"{{{','.join(f'{key}:{word(one)}' for key, one in value.items())}}}"
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -188,11 +202,26 @@ def cells(arguments: Sequence[str]) -> list[Cell]:
                 cell = Cell.composed([*sets, *words, *seed], [row] if row else [])
             except HydraException as error:
                 raise ValueError(f"{' '.join([*sets, *words])} cannot be composed: {error}") from None
-            known = found.get(cell.run.folder)
-            found[cell.run.folder] = (
-                Cell(known.overrides, known.cfg, known.run, known.rows + cell.rows) if known else cell
-            )
+            if known := found.get(cell.run.folder):
+                refuse_one_folder(known, cell)
+                cell = replace(known, rows=known.rows + cell.rows)
+            found[cell.run.folder] = cell
     return list(found.values())
+
+
+def refuse_one_folder(one: Cell, other: Cell) -> None:
+    """Two cells of one name are one cell, if they say the same.
+
+    Raises:
+        ValueError: they differ in keys that make no cell of its own, so that only one of them would be trained and stand for both.
+    """
+    said = [flatten(OmegaConf.to_container(cell.cfg, resolve=True)) for cell in (one, other)]
+    if differs := differences(*said):
+        raise ValueError(
+            f"{one.name} would be trained once for two cells, {' '.join(one.overrides)} and {' '.join(other.overrides)}: these keys say where "
+            "and how a cell is trained and scored, and make no cell of their own. Sweep them apart, into other folders (runs=...):\n"
+            + "\n".join(differs)
+        )
 
 
 # -- what is checked before any of it is trained

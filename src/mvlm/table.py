@@ -36,8 +36,8 @@ from mvlm.model.mobilevlm import MobileVLM
 from mvlm.plan import count_parts, meta_model
 from mvlm.report import DRAWS, Side, benchmark, from_marks, holm, judge, together, unlike
 from mvlm.run import Run, beside, of_machine
-from mvlm.score import counted, fingerprint
-from mvlm.sweep import OWN_KEYS, Cell, Sweep, outcome
+from mvlm.score import counted, fingerprint, settings_of, unusual
+from mvlm.sweep import OWN_KEYS, Cell, Sweep, outcome, refuse_one_folder
 from mvlm.trust import read_json
 
 PUBLISHED = ROOT / "results" / "published.yaml"
@@ -90,6 +90,9 @@ def find(swept: Sweep, words: Sequence[str], runs: Path, seeds: int | None) -> d
     with initialize_config_dir(str(CONF), version_base="1.3"):
         first = {row: Cell.composed([*swept.overrides(row), *words, "seed=0"]) for row in swept.rows}
         first = {row: replace(cell, run=Run(runs / cell.name)) for row, cell in first.items()}
+        known: dict[str, Cell] = {}
+        for cell in first.values():
+            refuse_one_folder(known.setdefault(cell.name, cell), cell)
         there = set().union(*map(seeds_of, first.values()))
         if not there:
             told = " ".join(
@@ -175,11 +178,10 @@ class Answers:
         folder: of the benchmark files; where one of the runs found them if None.
     """
 
-    def __init__(self, sides: Sequence[Side], protocol: Protocol, folder: str | Path | None) -> None:
+    def __init__(self, sides: Sequence[Side], folder: str | Path | None) -> None:
         said = [side.results.get("corpus", "") for side in sides]
         self.folder = folder or next((corpus for corpus in said if Path(corpus).is_dir()), next(iter(said), ""))
-        self.protocol: Protocol = protocol
-        self._asked: dict[str, tuple[Benchmark, list[Question], str]] = {}
+        self._asked: dict[tuple[str, str], tuple[Benchmark, list[Question], str]] = {}
         self._sums: dict[tuple[Path, str], Sums] = {}
 
     def sums(self, side: Side, name: str) -> Sums:
@@ -188,12 +190,13 @@ class Answers:
         Raises:
             ValueError, OSError: answers or files are not there, or are others than those scored.
         """
-        if name not in self._asked:
-            made = benchmark(name, self.folder, self.protocol)
+        key = name, json.dumps(settings_of(name, side.results), sort_keys=True)
+        if key not in self._asked:
+            made = benchmark(name, self.folder, side)
             questions = made.questions()
-            self._asked[name] = made, questions, fingerprint(questions)["sha256"]
+            self._asked[key] = made, questions, fingerprint(questions)["sha256"]
         if (side.path, name) not in self._sums:
-            self._sums[side.path, name] = side.score(*self._asked[name], "none")[0]
+            self._sums[side.path, name] = side.score(*self._asked[key], "none")[0]
         return self._sums[side.path, name]
 
     def interval(self, side: Side, draws: int) -> list[float]:
@@ -249,6 +252,7 @@ def measure(cell: Cell, side: Side | None) -> dict[str, Any]:
         "questions": {name: asked["sha256"] for name, asked in results.get("questions", {}).items()},
         "files": {name: counted(views["none"], results["generated"]) for name, views in scores.items()},
         "generated": results.get("generated"),
+        "unusual": unusual(results) if results else [],
         "seconds": seconds,
         "samples_per_second": seen / seconds if seconds else None,
         "precision": sorted({stage["precision"] for stage in stages.values()}),
@@ -383,7 +387,7 @@ def tables(
             files = {seed: cell.run.folder / f"results{beside(protocol)}.json" for seed, cell in some.items()}
             sides[row] = {seed: Side.open(file) for seed, file in files.items() if file.exists()}
         every = [side for some in sides.values() for side in some.values()]
-        answers, known = Answers(every, protocol, folder), {}
+        answers, known = Answers(every, folder), {}
         report: dict[str, Any] = {
             "sweep": swept.name,
             "title": swept.title,
@@ -436,6 +440,8 @@ def unlike_the_paper(report: Mapping[str, Any]) -> list[str]:
         why.append("benchmark files are of no published version")
     if report["protocol"] != "paper":
         why.append(f"the protocol is {report['protocol']}, not the paper's")
+    if unusual := dict.fromkeys(way for cell in cells for way in cell.get("unusual", ())):
+        why.append(f"answers were asked for otherwise: {', '.join(unusual)}")
     if words:
         why.append(f"trained with {' '.join(words)}")
     return why if report["published"] else []

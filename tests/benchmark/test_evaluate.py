@@ -81,6 +81,25 @@ def test_all_six_with_both_controls(tmp_path, model, loop, six):
     assert sum(loop["pictures"].opened.values()) == opened
 
 
+def test_what_a_lower_limit_cut_off_is_asked_again(tmp_path, model, loop, six):
+    """And nothing else is; without a limit it is the protocol's, and a score says which it was."""
+    folder = tmp_path / "answers"
+    short = evaluate(model, six[:1], folder, max_new_tokens=2, **loop)["benchmarks"]["gqa"]["none"]
+    assert (short["limit"], short["own_limit"]) == (2, 128) and short["cut"] > 0
+    lines = [json.loads(line) for line in (folder / "gqa.jsonl").read_text().splitlines()]
+    assert {line["limit"] for line in lines} == {2}
+    opened = sum(loop["pictures"].opened.values())
+    again = evaluate(model, six[:1], folder, max_new_tokens=1, **loop)["benchmarks"]["gqa"]["none"]
+    assert again == short and sum(loop["pictures"].opened.values()) == opened, "a lower one asks nothing"
+    assert evaluate(None, six[:1], folder)["benchmarks"]["gqa"]["none"] == short, "nor does a score without a model"
+    whole = evaluate(model, six[:1], folder, **loop)["benchmarks"]["gqa"]["none"]
+    then = [json.loads(line) for line in (folder / "gqa.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in then] == [line["id"] for line in lines]
+    assert [line["limit"] for line in then] == [2 if line["stopped"] else 128 for line in lines]
+    fresh = evaluate(model, six[:1], tmp_path / "fresh", **loop)["benchmarks"]["gqa"]["none"]
+    assert whole == fresh | {"limit": whole["limit"]}
+
+
 def test_two_protocols_keep_their_answers_apart(tmp_path, model, loop, six):
     folder = tmp_path / "answers"
     paper = evaluate(model, six, folder, max_new_tokens=4, **loop)

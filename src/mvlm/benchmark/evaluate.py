@@ -33,6 +33,9 @@ from mvlm.model.mobilevlm import MobileVLM
 AVERAGED = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench")
 """The six whose plain mean is Avg in the paper's tables (MME as points / 20)."""
 
+UNTOLD = 32
+"""Tokens at which a stored answer was cut off that does not say it."""
+
 EVERY = 30.0
 """Seconds after which a log file is told again how far it is."""
 
@@ -69,9 +72,10 @@ def evaluate(
         loop: the arguments of `own_loop`.
 
     Returns:
-        {"protocol": ..., "benchmarks": {name: {view: score, "cut" and "precision"}}, "avg": {view: Avg or None}} in plain
-        types; a view is `none` or a control, and "precision" the number of answers by what the model computed in. With
-        `flips` also "flips": {name: {"flipped", "items", "precision"}}.
+        {"protocol": ..., "benchmarks": {name: {view: score, "cut", "limit", "own_limit" and "precision"}}, "avg": {view: Avg or
+        None}} in plain types; a view is `none` or a control; "cut" counts the answers that were cut off, "limit" is the number of
+        tokens that they might have (the least that any might) and "own_limit" the protocol's; "precision" is the number of answers by
+        what the model computed in. With `flips` also "flips": {name: {"flipped", "items", "precision"}}.
 
     Raises:
         ValueError: the benchmarks are of several protocols, or what `answers` and the benchmarks say.
@@ -107,9 +111,14 @@ def evaluate(
                 "items": len(single),
                 "precision": _precisions([*single.values(), *told["none"].values()]),
             }
-    avg = {view: average({name: scores[view]["value"] for name, scores in results.items()}) for view in views}
-    scored = {"protocol": next(iter(protocols), None), "benchmarks": results, "avg": avg}
+    scored = {"protocol": next(iter(protocols), None), "benchmarks": results, "avg": averages(results, views)}
     return scored | ({"flips": differing} if flips else {})
+
+
+def averages(scores: Mapping[str, Mapping[str, Any]], views: Iterable[str] = ()) -> dict[str, float | None]:
+    """Avg by view, of scores by benchmark and view; of all views that any benchmark has, `none` first, if none is named."""
+    views = list(views) or list(dict.fromkeys(["none", *(view for some in scores.values() for view in some)]))
+    return {view: average({n: some[view]["value"] for n, some in scores.items() if view in some}) for view in views}
 
 
 def answers_file(folder: Path, benchmark: Benchmark, view: str = "none") -> Path:
@@ -125,7 +134,8 @@ def own_loop(
     """The arguments of `answers` for one benchmark: its limit, its way with pictures, and features kept for its controls.
 
     Args:
-        max_new_tokens: below the benchmark's own limit, to save time; how many answers it cut is in the result.
+        max_new_tokens: below the benchmark's own limit, to save time; how many answers it cut is in the result, and they are asked
+            again under a higher one.
         cropped: replaces `pictures` for benchmarks whose pictures the reference crops, if they are padded elsewhere.
         loop: the other arguments.
     """
@@ -140,8 +150,13 @@ def _scored(
     benchmark: Benchmark, questions: Sequence[Question], lines: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     score = benchmark.score({key: line["text"] for key, line in lines.items()}, questions)
-    cut = sum(not line["stopped"] for line in lines.values())
-    return score.as_dict() | {"cut": cut, "precision": _precisions(lines.values())}
+    limit = min((line.get("limit", UNTOLD) for line in lines.values()), default=None)
+    cut = {
+        "cut": sum(not line["stopped"] for line in lines.values()),
+        "limit": limit,
+        "own_limit": benchmark.max_new_tokens,
+    }
+    return score.as_dict() | cut | {"precision": _precisions(lines.values())}
 
 
 def _precisions(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -156,14 +171,15 @@ def answer_all(
     title: str,
     **loop: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Every question's line of a file of answers; those not there yet are answered and appended one by one.
+    """Every question's line of a file of answers; those not there yet, and those that a lower limit cut off, are answered and appended
+    one by one.
 
     Of several processes each but the first appends to a file of its own beside `path`, and the first puts all in one when
     they are through, or at the next call, by however many processes.
 
     Args:
         model: see `evaluate`.
-        path: JSON lines {id, prompt, text, stopped, precision}.
+        path: JSON lines {id, prompt, text, stopped, limit, precision}.
         title: for the progress bar.
         loop: arguments of `answers`.
 
@@ -171,7 +187,8 @@ def answer_all(
         The lines by id, in the order of the questions.
     """
     rank, count = ranks()
-    lines = from_first(partial(collected, path, questions))
+    limit = loop.setdefault("max_new_tokens", 128)
+    lines = from_first(partial(collected, path, questions, limit if model is not None else 0))
     missing = len(questions) - len(lines)
     if not missing:
         return lines
@@ -188,7 +205,7 @@ def answer_all(
         progress = stack.enter_context(_progress(disable=rank > 0))
         task = progress.add_task(title, total=missing)
         for question, text, stopped in answers(model, questions, skip=frozenset(lines), rank=rank, ranks=count, **loop):
-            line = {"id": question.id, "prompt": question.text, "text": text, "stopped": stopped}
+            line = {"id": question.id, "prompt": question.text, "text": text, "stopped": stopped, "limit": limit}
             file.write(_line(line | {"precision": precision}))
             file.flush()
             progress.advance(task, 1 + sum(other.read().count(b"\n") for other in others))
@@ -206,16 +223,24 @@ def _line(line: Mapping[str, Any]) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def collected(path: Path, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
+def collected(path: Path, questions: Sequence[Question], limit: int = 0) -> dict[str, dict[str, Any]]:
     """The stored lines by id, in the order of the questions; and the file left in that order, the other processes' in it.
 
     So a complete file is the same, however many processes answered, in whatever batches, with whatever interruptions.
+
+    Args:
+        limit: answers that were cut off at fewer tokens are dropped, with a message.
     """
     parts = sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))
     found: dict[str, dict[str, Any]] = {}
     for part in [path, *parts]:
         found = stored(part, questions) | found
-    lines = {q.id: found[q.id] for q in questions if q.id in found}
+    short = {key for key, line in found.items() if not line["stopped"] and line.get("limit", UNTOLD) < limit}
+    if short:
+        log.warning(
+            "%s: %d answers were cut off at fewer than %d tokens and are asked for again", path, len(short), limit
+        )
+    lines = {q.id: found[q.id] for q in questions if q.id in found and q.id not in short}
     if parts or list(found) != list(lines):
         aside = path.with_name(path.name + ".part")
         aside.write_text("".join(map(_line, lines.values())), encoding="utf-8")

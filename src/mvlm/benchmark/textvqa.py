@@ -80,7 +80,9 @@ def harness_prompt(question: str) -> str:
 class TextVQA(Benchmark):
     """Soft accuracy against ten answers. Harness: task `textvqa_val`, scored alike but asked without OCR tokens.
 
-    The harness' task sets no limit on the answer's length; 1024 is what its LLaVA adapter fills in.
+    The harness' task sets no limit on the answer's length; 1024 is what its LLaVA adapter fills in. Where a picture is asked the same
+    words twice, each question is scored by its own ten answers; LLaVA's script, which finds answers by picture and words, takes the
+    last one's for both.
 
     Args:
         folder: holds TextVQA_0.5.1_val.json, TextVQA_Rosetta_OCR_v0.2_val.json and train_images/<image_id>.jpg.
