@@ -30,6 +30,7 @@ from mvlm.data.collate import collate
 from mvlm.engine import Load
 from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
+from mvlm.plan import count_parts, meta_model
 from mvlm.run import Run
 from mvlm.strategy.stage import Stage
 
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SHARED = [
     "model=nano", "trainer=cpu", "trainer.precision=32-true", "logger=csv", "strategy=sharegpt4v", "data=v1", "recipe.finetune.order=random",
+    "seed=2",
 ]  # fmt: skip
 """Tower blocks learn in the first stage, and in the second some steps have pictures on one device alone."""
 
@@ -276,6 +278,29 @@ def test_layers_are_computed_again_before_weights_are_cut_up() -> None:
     )
     assert engine.pick("finetune", less, 8, int(130e9), [False])[::2] == ("fsdp2", False)
     assert engine.pick("finetune", less, 8, int(180e9))[2] is False
+
+
+def test_what_autocast_keeps_is_counted_where_weights_are_whole() -> None:
+    """10 GB beside the activations and 14 of bfloat16 copies: 152.4 GB, or 134.4 with layers computed again (copies stay); in pieces 47.1,
+    since the weights are bfloat16 themselves."""
+    more = replace(SEVEN, cast=10_000_000_000, copies=14_000_000_000, checkpointed=12_000_000_000)
+    assert engine.pick("finetune", more, 8, int(170e9))[::2] == ("ddp", False)
+    assert engine.pick("finetune", more, 8, int(169e9))[::2] == ("ddp", True)
+    which, told, _ = engine.pick("finetune", more, 4, int(80e9), [False])
+    assert which == "fsdp2" and "47.1 GB of the 80 GB" in told and "ddp needs 152 GB" in told
+
+
+def test_a_stage_needs_what_the_plan_says_of_it(finetune) -> None:
+    """By hand at nano size: the copies are 2 bytes for each parameter from the first part that learns on, and the rest is the plan's."""
+    cfg, mixture = finetune("trainer.precision=bf16-mixed", "strategy=freeze_llm")
+    needs = engine.load(cfg, "finetune", mixture)
+    sizes = count_parts(meta_model(cfg.model.module))
+    assert needs.copies == 2 * (sizes["projector"] + sizes["language"])
+    language = cfg.model.module.language.config
+    wide = 10 * language.hidden_size * language.num_hidden_layers * needs.positions * cfg.recipe.finetune.micro_batch
+    assert needs.cast == wide
+    exact, mixture = finetune("trainer.precision=32-true", "strategy=freeze_llm")
+    assert (engine.load(exact, "finetune", mixture).cast, engine.load(exact, "finetune", mixture).copies) == (0, 0)
 
 
 @pytest.mark.parametrize("devices", [1, 2])

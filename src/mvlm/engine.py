@@ -23,7 +23,7 @@ from torch import Tensor
 from mvlm import build
 from mvlm.data.mixture import Mixture
 from mvlm.model.mobilevlm import MobileVLM
-from mvlm.plan import activations, meta_model, physical_memory, states
+from mvlm.plan import activations, count_parts, meta_model, physical_memory, states
 from mvlm.strategy import lora
 from mvlm.strategy.parameters import freeze_and_group
 from mvlm.strategy.sharding import FSDP2, ZeRO
@@ -31,6 +31,9 @@ from mvlm.strategy.sharding import FSDP2, ZeRO
 MARGIN = 0.9
 """Share of a device's memory that a plan may fill. The rest is for what it leaves out: activations of tower and projector, layers that are
 being put together, buffers of communication, the allocator's waste."""
+
+FORWARD = ("vision.lower", "vision.upper", "projector", "language")
+"""A model's parts in the order that they are run."""
 
 SHARDED = ("fsdp2", "zero3")
 """Engines under which no device has all the weights."""
@@ -49,12 +52,22 @@ class Load:
     """Bytes of a micro-batch of the longest samples."""
     checkpointed: int
     """The same where layers are computed again in the backward."""
+    cast: int = 0
+    """Bytes that autocast over whole float32 weights keeps beside `activations`; in pieces the weights are bfloat16 themselves."""
+    copies: int = 0
+    """Bytes of the bfloat16 copies of weights that a backward under autocast passes through."""
 
     def states(self, devices: int, engine: str) -> int:
         """Bytes of weights, gradients and optimizer on a device: `mvlm.plan.states`, whose frozen weights have 2 bytes; ours have 4."""
         pieces = devices if engine == "fsdp2" else 1
         held = sum(states(self.parameters, self.learning, pieces, 3))
         return held + 2 * (self.parameters - self.learning) // pieces
+
+    def needs(self, devices: int, engine: str, again: bool) -> int:
+        """All that a device must hold, layers computed again in the backward or not."""
+        whole = engine != "fsdp2"
+        kept = self.checkpointed if again else self.activations + whole * self.cast
+        return self.states(devices, engine) + kept + whole * self.copies
 
 
 def name(strategy: Any) -> str:
@@ -96,7 +109,7 @@ def chosen(cfg: DictConfig, stage: str, mixture: Mixture, world: int) -> tuple[s
         return engine, told, again[0]
     memory, needs = device_memory(cfg.trainer.accelerator, world // cfg.trainer.num_nodes), load(cfg, stage, mixture)
     if engine != "auto":
-        fits = needs.states(world, "fsdp2" if engine in SHARDED else "ddp") + needs.activations <= MARGIN * memory
+        fits = needs.needs(world, "fsdp2" if engine in SHARDED else "ddp", False) <= MARGIN * memory
         return engine, told, again[0] if fits else again[-1]
     return pick(stage, needs, world, memory, again)
 
@@ -142,13 +155,18 @@ def load(cfg: DictConfig, stage: str, mixture: Mixture) -> Load:
     encoded = [dataset.encode(dataset.record(place)) for dataset, place in map(mixture.find, longest.tolist())]
     positions = max(len(one.input_ids) for one in encoded)
     labelled = max(sum(label >= 0 for label in one.labels) for one in encoded)
-    trained = any(group["name"] == "language" for group in groups)
+    learned, sizes = {group["name"] for group in groups}, count_parts(model)
+    trained = "language" in learned
     kept = activations(model.language.config, positions, labelled, trained)
     half = build.autocast_type(build.precision(cfg.trainer.precision, cfg.trainer.accelerator)) is not None
     whole, again = (
         size * (one + kept.logits) * (1 if half else 2) for one in (kept.kept, kept.checkpointed)
     )  # the plan is for bfloat16
-    return Load(sum(p.numel() for p in model.parameters()), learning, size, positions, whole, again)
+    # The backward passes through the first part that learns, in the order of the forward, and all after it.
+    first = next((k for k, part in enumerate(FORWARD) if part in learned), len(FORWARD))
+    copies = 2 * sum(sizes.get(part, 0) for part in FORWARD[first:]) if half else 0
+    total = sum(p.numel() for p in model.parameters())
+    return Load(total, learning, size, positions, whole, again, size * kept.cast if half else 0, copies)
 
 
 def pick(
@@ -167,13 +185,13 @@ def pick(
     needs: dict[str, int] = {}
     for engine in ("plain",) if devices == 1 else ("ddp", "fsdp2"):
         for again in checkpointing:
-            kept = load.checkpointed if again else load.activations
-            needs[engine] = load.states(devices, engine) + kept
+            kept = load.needs(devices, engine, again) - load.states(devices, engine)
+            needs[engine] = load.needs(devices, engine, again)
             if needs[engine] <= MARGIN * memory:
                 told = f"{stage}: {engine}, {gigabytes(needs[engine])} of the {gigabytes(memory)} that a device has"
                 told += f", where ddp needs {gigabytes(needs['ddp'])}" if engine == "fsdp2" else ""
                 told += (
-                    f"; layers are computed again in the backward, else {gigabytes(load.activations - kept)} more"
+                    f"; layers are computed again in the backward, else {gigabytes(load.needs(devices, engine, False) - needs[engine])} more"
                     if again
                     else ""
                 )

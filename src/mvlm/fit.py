@@ -25,12 +25,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mvlm import build, engine, resume, score, settings
 from mvlm.benchmark.metric import BenchmarkMetric, validate
 from mvlm.data.collate import collate
-from mvlm.data.corpus import Corpus
+from mvlm.data.corpus import Corpus, is_own
 from mvlm.data.datamodule import Skips, StepData, worker_count
 from mvlm.data.doctor import USELESS, USELESS_LIMIT
 from mvlm.data.held_out import hold_out
@@ -41,7 +42,7 @@ from mvlm.model.checkpoint import load_checkpoint, save_checkpoint
 from mvlm.model.mobilevlm import MobileVLM
 from mvlm.plan import meta_model
 from mvlm.progress import progress
-from mvlm.run import AXES, Run, content, file_hash, first_process, overridden, write_json
+from mvlm.run import AXES, Run, content, file_hash, first_process, overridden, placeless, write_json
 from mvlm.strategy import lora
 from mvlm.strategy.align import align
 from mvlm.strategy.features import encode_pictures
@@ -109,7 +110,9 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
         for number, (source, count) in enumerate(mixture.counts.items()):
             told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
-        hashes |= {f"{stage}/{d.source}": d.sha256 for d in mixture.datasets}
+        for d in mixture.datasets:  # one's own files may lie elsewhere next time; two may have one name
+            key = f"{stage}/{placeless(d.source) if is_own(d.source) else d.source}"
+            hashes[key] = hashes.get(key, "") + d.sha256
         if cfg.get("exclude"):
             left_out = ", ".join(f"{len(d.excluded):,} of {d.source}" for d in mixture.datasets)
             why.append(f"{stage}: trained without {left_out}, as {cfg.exclude} says")
@@ -188,6 +191,10 @@ def validation(cfg: DictConfig, files: Corpus, engines: Collection[str] = ()) ->
     ]
 
 
+STARTED = "start.safetensors"
+"""In a stage's folder: the projector that `recipe.start=words` began with."""
+
+
 def begin(cfg: DictConfig, run: Run, name: str, model: MobileVLM) -> str | None:
     """Fill a model with what a stage begins with: the stage before, which is returned, or where there is none its pretrained parts."""
     before = next((s for s in build.STAGES[: build.STAGES.index(name)] if run.finished(s)), None)
@@ -232,9 +239,10 @@ def stage(
     from_words = cfg.recipe.start == "words" and not before
     vision_rates = [r for s in cfg.strategy.values() for part, r in s.rates.items() if part.startswith("vision")]
     frozen, in_pieces = all(rate is None for rate in vision_rates), how in engine.SHARDED
-    if cfg.recipe.cache_features and frozen and (from_words or not in_pieces):
+    if cfg.recipe.cache_features and (from_words or (frozen and not in_pieces)):
         more = sorted(map(str, (files.root / "pictures").glob("*.jpg"))) if from_words else []
-        cache_features(cfg, model, {s: m for s, m in data.items() if m and not run.finished(s)}, autocast, more)
+        shown = {s: m for s, m in data.items() if m and not run.finished(s) and (frozen or s == name)}
+        cache_features(cfg, model, shown, autocast, more)
     skips = Skips(name, data[name])
     facts: dict = {"engine": how, "checkpointing": again}
     kept = resume.newest(folder)
@@ -246,8 +254,10 @@ def stage(
             facts["start"] = start_from_words(model, data[name], files, words, autocast)
             if first_process():
                 folder.mkdir(exist_ok=True)
+                save_file(model.projector.state_dict(), folder / STARTED)
                 write_json(start, facts["start"])
-    if in_pieces:  # a device without pictures runs the tower on a blank one, and the others must then run it, too
+    # A tower that learns gives others soon; and in pieces, a device without pictures runs it on a blank one, and the others must then, too.
+    if in_pieces or not frozen:
         for dataset in (d for m in data.values() if m for d in m.datasets):
             dataset.features = None
 

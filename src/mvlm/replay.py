@@ -14,12 +14,13 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 from mvlm import build, resume
 from mvlm.data.collate import collate
 from mvlm.data.datamodule import StepData
 from mvlm.data.held_out import hold_out
-from mvlm.fit import HELD_OUT, begin
+from mvlm.fit import HELD_OUT, STARTED, begin
 from mvlm.run import Run, content
 from mvlm.strategy import lora
 
@@ -79,7 +80,8 @@ def replay(file: str | Path) -> list[tuple[str, str, int, float]]:
 
 def _nearest(cfg, run: Run, stage: str, step: int, model) -> str:
     """Fill the model with the newest whole checkpoint before the step, or with what the stage began with; says which."""
-    begin(cfg, run, stage, model)
+    if not begin(cfg, run, stage, model) and (started := run.folder / stage / STARTED).exists():
+        model.projector.load_state_dict(load_file(started))
     if settings := cfg.strategy[stage].get("lora"):
         lora.attach(model.language, **OmegaConf.to_container(settings))
     for path in resume.checkpoints(run.folder / stage):

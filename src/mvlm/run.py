@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -60,7 +61,13 @@ MACHINE_KEYS = (
     "hydra",
 )
 """Keys that say where and how fast, not what: a run folder may be continued with others. So may one whose data or cache have moved
-(`corpus.root`, or any other `root`): their hashes are compared instead, see `mvlm.fit.check_data`."""
+(`corpus.root`, or any other `root`, and of PLACED the folders): their hashes are compared instead, see `mvlm.fit.check_data`."""
+
+PLACED = ("data.pretrain", "data.finetune", "data.images", "exclude")
+"""Keys that name one's own files."""
+
+log = logging.getLogger(__name__)
+
 REQUEUE = 75
 """Exit code of a process that was told to stop (SIGTERM, SIGUSR1), has saved itself and can be started again: EX_TEMPFAIL of sysexits.h."""
 
@@ -111,7 +118,14 @@ AXES = ("model", "projector", "data", "strategy")
 def content(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration says of the experiment, resolved and flat; where and how fast it runs is left out."""
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
-    return {k: v for k, v in flatten(plain).items() if not of_machine(k)}
+    return {k: placeless(v) if k in PLACED else v for k, v in flatten(plain).items() if not of_machine(k)}
+
+
+def placeless(value: Any) -> Any:
+    """The names of one's own files and folders, without where they lie."""
+    if isinstance(value, list):
+        return [placeless(one) for one in value]
+    return Path(value).name if isinstance(value, str) else value
 
 
 def of_machine(word: str) -> bool:
@@ -160,7 +174,9 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self._own = False  # whether this process wrote the configuration, and so may make whatever it names
+        self._own: dict[str, Any] | None = (
+            None  # the configuration that this process was started with, which may name whatever it likes
+        )
 
     @classmethod
     def open(cls, cfg: DictConfig) -> Run:
@@ -173,6 +189,7 @@ class Run:
         resolved = OmegaConf.to_container(cfg, resolve=True)
         refuse_secrets(resolved)
         run = cls(Path(str(cfg.runs)) / str(cfg.cell or cell_name(cfg)))
+        run._own = resolved
         if not first_process():
             run.wait()
             return run
@@ -184,7 +201,6 @@ class Run:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.lock()
         OmegaConf.save(OmegaConf.create(resolved), run.folder / "config.yaml")
-        run._own = True
         if not (run.folder / "run.json").exists():
             run.note(**manifest(), seed=cfg.seed, wandb_id=uuid.uuid4().hex[:8])
         return run
@@ -238,13 +254,17 @@ class Run:
         held = open(self.folder / ".lock", "a+")  # noqa: SIM115 (closed when the process ends)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             held.seek(0)
             owner = held.read()
             held.close()
             if owner == me:  # an earlier look at the same folder, in a notebook say
                 return
             raise ValueError(f"{self.folder} is being trained by {owner}: wait for it, or end it") from None
+        except OSError as error:  # a file system without locks, as Lustre's may be
+            log.warning(
+                "%s can't be locked (%s): nothing keeps two processes from training there at once", self.folder, error
+            )
         held.truncate(0)
         held.write(me)
         held.flush()
@@ -255,11 +275,13 @@ class Run:
         """Whether a living process trains here."""
         if not (self.folder / ".lock").exists():
             return False
-        with open(self.folder / ".lock", "a") as file:
+        with open(self.folder / ".lock", "a+") as file:  # NFS locks what is open to be read
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 return True
+            except OSError:
+                return False
         return False
 
     @property
@@ -267,11 +289,12 @@ class Run:
         """The configuration it was made with.
 
         Raises:
-            ValueError: this process did not write it, and it would do here what a run folder must not, see `mvlm.trust`.
+            ValueError: it is not this process' own, and it would do here what a run folder must not, see `mvlm.trust`.
         """
+        if self._own is not None:
+            return OmegaConf.create(self._own)
         path = self.folder / "config.yaml"
-        config = load_config(path)
-        return config if self._own else check_config(config, path)
+        return check_config(load_config(path), path)
 
     def config_dict(self) -> dict[str, Any]:
         """The same in plain types, nested as it is, and only to be read."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -359,6 +360,19 @@ def test_the_table_covers_the_real_clip():
         tower = Vision("vit_large_patch14_clip_quickgelu_336", 336).tower
     ours = {name: place.shape for place in clip_names(tower) for name in place.theirs}
     assert ours == strip(theirs, CLIP) and len(ours) == 391
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "eva02_tiny_patch14_224", "vit_base_patch14_dinov2"])
+def test_weights_of_other_vits_fit_whatever_pools_behind_them(name, tmp_path):
+    """timm's own file of a tower, small: what lies behind its blocks is left, and what is run is what timm runs."""
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 56}
+    theirs = timm.create_model(name, num_classes=0, **sizes).eval()
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    vision = Vision(name, sizes.pop("img_size"), **sizes).eval()
+    load_vision(vision, tmp_path)
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    wanted = theirs.forward_intermediates(pixels, indices=[0], output_fmt="NLC", intermediates_only=True)[0]
+    assert torch.equal(vision(pixels), wanted)
 
 
 def test_a_tower_that_is_not_clip_keeps_timm_names(tmp_path):

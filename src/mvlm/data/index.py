@@ -342,3 +342,5 @@ def _wait_for(lock: Any, annotations: Path) -> None:
     except BlockingIOError:
         log.warning("another process indexes %s; waiting for it", annotations)
         fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:  # a file system without locks, as Lustre's may be: then each process may build it, and the last one's stays
+        log.warning("the index of %s can't be locked (%s)", annotations, error)

@@ -306,6 +306,10 @@ def _drop(tensors: dict[str, Tensor], unwanted: Callable[[str], bool]) -> list[s
     return dropped
 
 
+POOLED = ("head.", "attn_pool.", "fc_norm.")
+"""What timm's own files have behind the blocks: the pool of SigLIP, the norm of EVA-02, the classifier."""
+
+
 def _plan_vision(vision: Vision, source: Path) -> tuple[Plan, Loaded]:
     """The tower in whichever of its shapes the names of a file show."""
     tensors, tower = read_tensors(source), vision.tower
@@ -327,10 +331,17 @@ def _plan_vision(vision: Vision, source: Path) -> tuple[Plan, Loaded]:
             f"{source} holds no such tower, nothing was loaded: {some(tensors, 3)} there, {expected} expected"
         )
     _check_tower(vision, source, source)
+    known = {name for place in places for name in place.theirs}
     skipped = _drop(
-        tensors,  # `head` is the classifier of timm's own files
-        lambda name: not name.startswith(prefix) or name.startswith("head.") or name.endswith(RECOMPUTED),
+        tensors,
+        lambda name: (
+            not name.startswith(prefix) or (name.startswith(POOLED) and name not in known) or name.endswith(RECOMPUTED)
+        ),
     )
+    if (
+        places is own
+    ):  # the norm that follows the last block is never run, and a tower with another way to pool has none
+        places = [place for place in own if place.theirs[0] in tensors or not place.ours.startswith("norm.")]
     cure = f"Build the tower that these weights are of (this one: {vision.arguments})."
     return _plan(tower, places, tensors, source, cure), Loaded(len(tensors), skipped, str(source))
 
