@@ -23,6 +23,8 @@ from mvlm.benchmark.evaluate import evaluate
 from mvlm.export import container, handover, vision
 from mvlm.export import engine as far
 from mvlm.export.class_token import has_class_token
+from mvlm.export.engine import Engine
+from mvlm.export.pair import Pair
 from mvlm.run import file_hash, write_json
 
 from .conftest import REFERENCE, names
@@ -178,6 +180,11 @@ def test_a_class_token_is_told_on_the_files(engine, configure, run_of, capsys):
     )
     assert "sed -i" in (out / "jetson.sh").read_text()
     assert ("misplaces the class token" in capsys.readouterr().out) == (order == "misordered")
+    warning = Pair.find(out).warning(Engine().name)
+    assert (warning is None) == (order == "faithful") and "misplaces" in Pair.find(out).warning("another llama.cpp")
+    words = (f"run={run.folder}", "benchmark=[pope]", "scores=true", "max_new_tokens=1")
+    about = json.loads((handover.export(configure(*words, page="export")) / "manifest.json").read_text())
+    assert (about["scores"] is None) == (order == "misordered"), "what sees next to nothing is no score"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import jinja2
 import pytest
 import tokenizers
 from gguf import TokenType
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from mvlm.data.prompt import IMAGE_TAG, Plain, template
 from mvlm.data.tokenizer import load_tokenizer
@@ -82,6 +83,20 @@ def test_added_pieces_follow_on(tmp_path):
     (tmp_path / "t" / "added_tokens.json").write_text(json.dumps({"<b>": 386}))
     with pytest.raises(ValueError, match=r"<b> has the id 386 where 384 is next"):
         tokenizer.vocabulary(load_tokenizer(tmp_path / "t"), tmp_path / "t", 387)
+
+
+def test_pieces_that_are_never_split_stay_whole(tmp_path):
+    """sentencepiece's user-defined symbols; llama.cpp would split them if they were common ones."""
+    folder = tmp_path / "t"
+    shutil.copytree(REFERENCE / "tokenizer", folder)
+    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    model.pieces[300].piece, model.pieces[300].type = "<box>", ModelProto.SentencePiece.USER_DEFINED
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    words = load_tokenizer(folder)
+    assert 300 in words.encode("Where is the <box> here?"), "as Python's sentencepiece reads it"
+    table = tokenizer.vocabulary(words, folder, words.vocab_size)
+    assert table["tokenizer.ggml.tokens"][300] == "<box>"
+    assert table["tokenizer.ggml.token_type"][300] == TokenType.USER_DEFINED
 
 
 def test_bytes_and_specials(bytes_folder):

@@ -156,7 +156,7 @@ def _names(about: dict[str, Any]) -> list[str]:
     return [shlex.quote(about["files"][role]["name"]) for role in ("language", "mmproj")]
 
 
-SPEED = """import base64, json, sys, time, urllib.request
+SPEED = """import base64, json, os, sys, time, urllib.request
 
 ask = urllib.request.Request("http://127.0.0.1:8089/v1/chat/completions", headers={"Content-Type": "application/json"})
 picture = "data:image/any;base64," + base64.b64encode(open(sys.argv[1], "rb").read()).decode()
@@ -166,8 +166,12 @@ for attempt in range(600):
     try:
         urllib.request.urlopen("http://127.0.0.1:8089/health")
         break
-    except OSError:  # it is still loading
+    except OSError:  # it is still loading, or has ended
         time.sleep(1)
+    try:
+        os.kill(int(sys.argv[2]), 0)
+    except ProcessLookupError:
+        sys.exit("llama-server has ended; its last words, in server.log:\\n" + "".join(open("server.log").readlines()[-5:]))
 else:
     sys.exit("llama-server did not start: see server.log")
 for count in (8, 256, 256, 256):  # the first warms up
@@ -187,8 +191,15 @@ def jetson(about: dict[str, Any]) -> str:
     """The script for the device."""
     llm, mmproj = _names(about)
     sums = "\n".join(f"{file['sha256']}  {file['name']}" for file in about["files"].values())
-    mend = f"\n    {PATCH}  # the class token" if about["needs a mended llama.cpp"] else ""
-    ask = ask_command(about, '"$2"', '"$3"', '"$bin/llama-mtmd-cli"')
+    needed = about["needs a mended llama.cpp"]
+    mend = f"\n    {PATCH}  # the class token" if needed else ""
+    own = f"{BUILD}-mended" if needed else BUILD  # beside one as it comes, for other models
+    ask = ask_command(about, '"$picture"', '"$3"', '"$bin/llama-mtmd-cli"')
+    mended = """
+if ! grep -qF 'ggml_concat(ctx0, model.class_embedding, inp, 1)' "$llama/tools/mtmd/models/llava.cpp"; then
+    echo "$llama misplaces the class token, and this model would see next to nothing: see README.md" >&2
+    exit 1
+fi"""
     serve = f'"$bin/llama-server" -m {llm} --mmproj {mmproj} --jinja --parallel 1 -c {about["context"]} -ngl 99'
     return f"""#!/usr/bin/env bash
 # {about["name"]}, {about["quant"]}, on a Jetson Orin (CUDA, compute capability 8.7).
@@ -200,27 +211,33 @@ def jetson(about: dict[str, Any]) -> str:
 #
 # LLAMA_CPP=<folder> takes a llama.cpp that is there; else build {BUILD} is fetched and built, once.
 set -euo pipefail
-cd "$(dirname "$0")"
-llama=${{LLAMA_CPP:-$HOME/llama.cpp-{BUILD}}}
+self=$(realpath "$0")
+picture=${{2:+$(realpath -m "$2")}}
+cd "$(dirname "$self")"
+llama=${{LLAMA_CPP:-$HOME/llama.cpp-{own}}}
 bin=$llama/build/bin
-if [ ! -x "$bin/llama-mtmd-cli" ]; then
+if [ ! -x "$bin/llama-mtmd-cli" ] || [ ! -x "$bin/llama-server" ]; then
     [ -d "$llama" ] || git clone --depth 1 --branch {BUILD} https://github.com/ggml-org/llama.cpp "$llama"{mend}
     cmake -S "$llama" -B "$llama/build" -DCMAKE_BUILD_TYPE=Release -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=87
     cmake --build "$llama/build" -j "$(nproc)" --target llama-mtmd-cli llama-server
-fi
+fi{mended if needed else ""}
 sha256sum --quiet --check <<'END'
 {sums}
 END
 case ${{1:-}} in
-    ask) {ask} -ngl 99 ;;
+    ask)
+        : "${{2:?ask needs a picture}}" "${{3:?ask needs a question}}"
+        {ask} -ngl 99
+        ;;
     serve) {serve} --port 8080 --host "${{HOST:-127.0.0.1}}" ;;
     speed)
-        test -r "${{2:?speed needs a picture}}"
+        : "${{2:?speed needs a picture}}"
+        [ -r "$picture" ] || {{ echo "$picture can't be read" >&2 && exit 1; }}
         {serve} --port 8089 --host 127.0.0.1 >server.log 2>&1 &
-        trap 'kill %1' EXIT
-        python3 - "$2" <<'END'
+        trap 'kill %1 2>/dev/null || true' EXIT
+        python3 - "$picture" $! <<'END'
 {SPEED}END
         ;;
-    *) sed -n '4,7p' "$0" && exit 2 ;;
+    *) sed -n '4,7p' "$self" && exit 2 ;;
 esac
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.data.image import Pictures, open_picture
+from mvlm.export.class_token import CURE
 from mvlm.export.container import Opened
 from mvlm.export.gate import png
 from mvlm.trust import read_json
@@ -52,6 +53,15 @@ class Pair:
                 "export.py writes such a folder, <run>/gguf/<quant>"
             )
         return cls(talkers[0], seers[0], {})
+
+    def warning(self, engine: str) -> str | None:
+        """Why a llama.cpp may see next to nothing with these files, unless it is the one that they were proven to be seen by."""
+        if not self.about.get("needs a mended llama.cpp"):
+            return None
+        seen = [one.get("class_token") == "faithful" for one in self.about.get("parity", [])[:1]]
+        if seen == [True] and self.about.get("engine") == engine:
+            return None
+        return f"A llama.cpp as it comes misplaces the class token, and these files' model sees next to nothing through it. {CURE}"
 
     @property
     def context(self) -> int:

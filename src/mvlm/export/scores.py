@@ -76,7 +76,8 @@ def _answer(
     asked = [
         prompt(chat.talk, q.text, None if q.image is None else shown(look, open_picture(q.image))) for q in questions
     ]
-    limit = min(benchmark.max_new_tokens, cfg.max_new_tokens)
+    most = cfg.max_new_tokens or score.limit(run.config, cfg.benchmark_root)
+    limit = min(benchmark.max_new_tokens, most or benchmark.max_new_tokens)
     step = progress(f"llama.cpp, {cfg.quant}, {benchmark.name}", len(questions))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as lines:
@@ -84,6 +85,6 @@ def _answer(
         said = Engine.of(cfg).ask(language, mmproj, asked, reuse=True, **how)
         for question, one in zip(questions, said, strict=True):
             line = {"id": question.id, "prompt": question.text, "text": chat.words.decode(one.ids).strip()}
-            line |= {"stopped": one.stopped, "precision": cfg.quant}
+            line |= {"stopped": one.stopped, "limit": limit, "precision": cfg.quant}
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             step()

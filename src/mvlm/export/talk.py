@@ -73,8 +73,10 @@ class Conversation:
 
 def terminal(cfg: DictConfig) -> None:
     """What conf/chat.yaml says, answered by llama.cpp."""
-    pair = Pair.find(cfg.gguf)
-    with Engine.of(cfg).serve(pair.language, pair.mmproj, context=pair.context) as (address, _):
+    pair, engine = Pair.find(cfg.gguf), Engine.of(cfg)
+    if warning := pair.warning(engine.name):
+        Console().print(f"[bold yellow]{warning}[/]")
+    with engine.serve(pair.language, pair.mmproj, context=pair.context) as (address, _):
         converse(Conversation(address, pair, cfg.max_new_tokens), cfg.image, cfg.prompt)
 
 
@@ -85,6 +87,8 @@ def browser(cfg: DictConfig) -> None:
         say(
             f"[bold yellow]host={cfg.host}: everybody who reaches this machine can use the model; no password is asked for.[/]"
         )
+    if warning := pair.warning(engine.name):
+        say(f"[bold yellow]{warning}[/]")
     if (look := pair.about.get("pictures")) and look["mode"] != "letterbox":
         say(
             f"[bold yellow]Trained on pictures of mode {look['mode']}; a browser's pictures are fitted by llama.cpp, which does it "

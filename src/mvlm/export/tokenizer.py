@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 from gguf import TokenType
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from mvlm.data.prompt import V1, ChatML, Template
 from mvlm.data.tokenizer import FastTokenizer, SentencePieceTokenizer
@@ -100,17 +100,10 @@ Vocabulary = tuple[list[str], list[TokenType], dict[str, Any]]
 
 def _pieces(folder: Path) -> Vocabulary:
     """A sentencepiece model and the tokens added to it."""
-    model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model" if folder.is_dir() else folder))
-    tests = {
-        TokenType.UNKNOWN: model.is_unknown,
-        TokenType.CONTROL: model.is_control,
-        TokenType.UNUSED: model.is_unused,
-        TokenType.BYTE: model.is_byte,
-    }
-    count = model.get_piece_size()
-    tokens = [model.id_to_piece(i) for i in range(count)]
-    kinds = [next((kind for kind, is_one in tests.items() if is_one(i)), TokenType.NORMAL) for i in range(count)]
-    scores = [model.get_score(i) for i in range(count)]
+    model = ModelProto.FromString((folder / "tokenizer.model" if folder.is_dir() else folder).read_bytes())
+    tokens = [piece.piece for piece in model.pieces]
+    kinds = [TokenType(piece.type) for piece in model.pieces]  # GGUF's numbers are sentencepiece's
+    scores = [piece.score for piece in model.pieces]
     added = (folder if folder.is_dir() else folder.parent) / "added_tokens.json"
     extra = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
     for token, i in sorted(extra.items(), key=lambda pair: pair[1]):
@@ -124,7 +117,7 @@ def _pieces(folder: Path) -> Vocabulary:
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.pre": "default",
             "tokenizer.ggml.scores": [np.float32(score) for score in scores],
-            "tokenizer.ggml.unknown_token_id": np.uint32(model.unk_id()),
+            "tokenizer.ggml.unknown_token_id": np.uint32(kinds.index(TokenType.UNKNOWN)),
             "tokenizer.ggml.add_space_prefix": True,
         },
     )

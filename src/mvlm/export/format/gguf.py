@@ -66,6 +66,7 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
         Unproven: the gate did not pass; parity.json tells all of it.
     """
     chat, engine, found = source.chat, Engine.of(cfg), scores.opened(cfg, source.run) if cfg.scores else []
+    mend = has_class_token(chat.model.vision)  # however the engine at hand orders it: most builds do it wrongly
     f16, wanted, mmproj = (folder / f"{part}.gguf" for part in ("language-f16", f"language-{cfg.quant}", "mmproj-f16"))
     vocabulary = tokenizer.vocabulary(chat.words, source.tokenizer, chat.model.language.config.vocab_size)
     # Taken before the gate reads the quantised weights into the model.
@@ -87,13 +88,15 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
         if faults := [f"{parity.quant}: {fault}" for parity in parities for fault in parity.faults]:
             write_json(folder / "parity.json", [parity.as_dict() for parity in parities])
             raise Unproven(f"{engine.name} does not compute what PyTorch does:\n  " + "\n  ".join(faults))
-    if cfg.scores:
+    misordered = any(parity.class_token == "misordered" for parity in parities)
+    if cfg.scores and misordered:
+        Console().print("[bold yellow]Not scored: what sees next to nothing would be no score of these files.[/]")
+    elif cfg.scores:
         with _progress() as progress:
             measured = scores.measure(cfg, source.run, chat, found, wanted, mmproj, progress)
         _show_scores(source, measured, cfg.quant)
     if wanted != f16:
         f16.unlink()
-    mend = has_class_token(chat.model.vision)  # however the engine at hand orders it: most builds do it wrongly
     end = ".needs-mended-llama.cpp" * mend + ".unproven" * (not parities)
     wanted = wanted.rename(folder / f"{source.name}-{cfg.quant}{end}.gguf")
     mmproj = mmproj.rename(folder / f"mmproj-{source.name}-f16{end}.gguf")
