@@ -50,3 +50,4 @@ echo "installing the packages of constraints.txt (the first time 3 GB are downlo
     fail "the packages could not be installed (uv's reason stands above: network, or a full disk?);" \
         "run the same command again, it goes on where it stopped"
 echo "$wanted" >.venv/installed
+echo "ready; python train.py and all other commands: . .venv/bin/activate first"

@@ -355,6 +355,36 @@ def test_data_that_moved_are_the_same_data(checked, tmp_path: Path) -> None:
         checked(elsewhere)
 
 
+def test_ones_own_data_that_moved_are_the_same_data(checked, tmp_path: Path) -> None:
+    """They go by their names; what is in them is compared, of two files of one name as well."""
+    seen = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "Red."}]
+
+    def lie_in(folder: Path, answer: str = "Red.") -> tuple[str, ...]:
+        for part in ("a", "b", "pictures"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(folder / "pictures/a.png")
+        for part, said in (("a", "Red."), ("b", answer)):
+            records = [{"image": "a.png", "conversations": [seen[0], seen[1] | {"value": said}]}] * 12
+            (folder / part / "mine.json").write_text(json.dumps(records))
+        files = ",".join(str(folder / part / "mine.json") for part in "ab")
+        return "data=custom", f"data.finetune=[{files}]", f"data.images={folder / 'pictures'}"
+
+    words = lie_in(tmp_path / "here")
+    run = checked(*words)
+    (run.folder / "finetune" / "step-2").mkdir(parents=True)
+    assert checked(*lie_in(tmp_path / "there")).folder == run.folder
+    with pytest.raises(ValueError, match=r"begun with other data: finetune/mine.json changed"):
+        checked(*lie_in(tmp_path / "elsewhere", "Blue."))
+
+
+def test_a_tower_that_learns_may_begin_from_words(shell) -> None:
+    """Its features are needed for the start alone, and then it gives others."""
+    words = ("model=nano", "recipe.start=words", "evaluate=false", "logger=csv")
+    shell("train.py", *words, "strategy=sharegpt4v", "cell=learning")
+    told = json.loads((shell.folder / "runs/learning/pretrain/stage.json").read_text())
+    assert told["moved"]["vision.upper"] and told["start"]["pictures"] > 0
+
+
 def test_adapters_are_looked_at_before_the_stage_that_comes_first(checked) -> None:
     with pytest.raises(ValueError, match="`r` should be a positive"):
         checked("strategy=lora", "strategy.finetune.lora.r=0")

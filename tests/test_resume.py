@@ -291,6 +291,24 @@ def test_a_gradient_that_is_no_number_stops_before_any_weight_changes(train, mon
         replay(folder / "diverged-3.json")
 
 
+def test_a_first_step_that_diverged_is_shown_from_what_the_stage_began_with(train, monkeypatch, tmp_path) -> None:
+    """The projector that the start from words made, too: another one gives other losses."""
+    diverges(monkeypatch, {0}, poisoned)
+    with pytest.raises(ValueError, match="step 1 diverged"):
+        train(tmp_path, "recipe.start=words", "recipe.cache_features=true")
+    folder = tmp_path / "c" / "finetune"
+    told = json.loads((folder / "diverged-1.json").read_text())
+
+    def mean(rows: list) -> float:
+        return sum(row[2] * row[3] for row in rows) / sum(row[2] for row in rows)
+
+    began = mean(replay(folder / "diverged-1.json"))
+    assert began == pytest.approx(told["loss"], rel=0.02)
+    (folder / "start.safetensors").unlink()
+    other = mean(replay(folder / "diverged-1.json"))
+    assert abs(other - told["loss"]) > abs(began - told["loss"])
+
+
 def test_such_a_step_is_skipped_by_policy(train, monkeypatch, tmp_path) -> None:
     """Only that one: it has no effect on a weight, the others have theirs, and the record counts it."""
     diverges(monkeypatch, {2}, poisoned)

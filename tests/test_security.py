@@ -109,6 +109,11 @@ def test_ones_own_command_may_name_anything(configure, tmp_path) -> None:
         _ = Run.find(tmp_path / "mine").config
 
 
+def test_ones_own_command_may_name_anything_on_every_device(configure, tmp_path, together) -> None:
+    cfg = configure("model=nano", "projector._target_=mypackage.Mine", f"runs={tmp_path}", "cell=mine")
+    assert together(2, lambda rank: Run.open(cfg).config.projector._target_, patience=60) == ["mypackage.Mine"] * 2
+
+
 @pytest.mark.parametrize("value", ["${oc.env:HF_TOKEN}", "${oc.decode:1}", "x ${seed}", "${hydra:runtime.cwd}"])
 def test_nothing_is_filled_in_here(value, stranger, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_something")

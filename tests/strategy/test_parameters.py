@@ -76,7 +76,9 @@ def test_the_tables_rates_are_the_papers(configure) -> None:
     assert dict(cfg.strategy.pretrain.rates) == {"vision": None, "projector": 1e-3, "language": 2e-5}
     assert dict(cfg.strategy.finetune.rates) == {"vision": None, "projector": 4e-5, "language": 4e-5}
     assert (cfg.recipe.optimizer.weight_decay, cfg.recipe.warmup, cfg.recipe.clip) == (0, 0.03, None)
-    assert configure("model=1.7b", "strategy=freeze_llm").strategy.finetune.rates.language == 2e-5
+    for model, rate in (("1.7b", 2e-5), ("3b", 4e-5), ("7b", 2e-5)):
+        assert configure(f"model={model}", "strategy=freeze_llm").strategy.finetune.rates.language == rate
+    assert configure("model=3b", "recipe=paper", "strategy=freeze_llm").strategy.finetune.rates.language == 2e-5
 
 
 def test_a_single_changed_bit_shows(configure) -> None:
