@@ -124,7 +124,7 @@ def mixture(cfg: DictConfig, stage: str, files: Corpus, words: Tokenizer, image_
     """A stage's samples; None if the stage has no data."""
     if not cfg.data[stage]:
         return None
-    return Mixture(datasets(cfg, stage, files, words, image_tokens, cfg.on_bad_sample), seed=cfg.seed)
+    return Mixture(datasets(cfg, stage, files, words, image_tokens, cfg.on_bad_sample))
 
 
 def device(wanted: str = "auto") -> torch.device:

@@ -45,22 +45,13 @@ def ids(mixture):
 def test_whole_sources(source):
     mixture = Mixture([source("a", 3), source("b", 2)])
     assert ids(mixture) == ["a0", "a1", "a2", "b0", "b1"]
-    assert mixture.counts == mixture.available == {"a": 3, "b": 2}
+    assert mixture.counts == {"a": 3, "b": 2}
     assert mixture.lengths.tolist() == [-3] * 5 and mixture.pictures_used == []
     assert [mixture.find(k)[1] for k in range(5)] == [0, 1, 2, 0, 1]
 
 
-def test_a_choice_is_its_own(source):
-    a, b = source("a", 50), source("b", 40)
-    few, more = Mixture([a], {"a": 10}), Mixture([a, b], {"a": 20, "b": 0})
-    assert few.counts == {"a": 10} and more.counts == {"a": 20, "b": 0}
-    assert set(ids(few)) < set(ids(more))  # the smaller choice is a part of the larger, whatever is beside it
-    assert ids(few) == ids(Mixture([a], {"a": 10})) != ids(Mixture([a], {"a": 10}, seed=1))
-    assert len(set(ids(few))) == 10 and ids(few) != [f"a{k}" for k in range(10)]
-
-
 def test_samples_left_out(source):
-    whole = Mixture([source("a", 5), source("b", 30), source("c", 2)], {"b": 6})
+    whole = Mixture([source("a", 5), source("b", 6), source("c", 2)])
     rest = whole.without(np.array([0, 4, 5, 11])).without(np.array([12]))
     left = [sample for k, sample in enumerate(ids(whole)) if k not in (0, 4, 5, 11, 12)]
     assert ids(rest) == left and len(rest) == len(rest.lengths) == 8
@@ -79,8 +70,8 @@ def test_what_is_held_out_is_shown_by_no_other_sample(data, count, source, tmp_p
         [None if k is None else f"{folder}{k}.png" for k in some]
         for folder, some in zip(("", "pictures/"), shown, strict=True)
     ]
-    sources = [source("a", 24, tmp_path / "pictures", pictures[0]), source("b", 30, tmp_path, pictures[1])]
-    mixture = Mixture(sources, {"b": 29})
+    sources = [source("a", 24, tmp_path / "pictures", pictures[0]), source("b", 29, tmp_path, pictures[1])]
+    mixture = Mixture(sources)
     rest, taken = hold_out(mixture, count)
     paths = [sample.picture for sample in taken]
     assert len(taken) != 1 and len(set(paths)) == len(taken) <= min(count, 53 // 8) and None not in paths
@@ -135,8 +126,8 @@ def test_what_cannot_be_read_is_neither_held_out_nor_moved(source, tmp_path):
 def test_pictures_tried_before_training_are_counted(source, tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
     shown = ["x.png", None, "x.png", "x.png"]
-    a, b = (source(name, 6, tmp_path, shown, on_bad_sample="skip") for name in "ab")
-    mixture, path, error = Mixture([a, b], {"b": 0}), str(tmp_path / "x.png"), PictureError("torn", "damaged picture")
+    a = source("a", 6, tmp_path, shown, on_bad_sample="skip")
+    mixture, path, error = Mixture([a]), str(tmp_path / "x.png"), PictureError("torn", "damaged picture")
     assert mixture.unreadable(path, error) == 3 and mixture.unreadable(str(tmp_path / "y.png"), error) == 0
     assert [(s.source, s.record, s.id, s.kind) for s in mixture.skipped] == [
         ("a", k, f"a{k}", "damaged picture") for k in (0, 2, 3)
@@ -146,25 +137,11 @@ def test_pictures_tried_before_training_are_counted(source, tmp_path):
         Mixture([source("a", 6, tmp_path, shown)]).unreadable(path, error)
 
 
-def test_more_than_there_are(source):
-    a = source("a", 4)
-    with pytest.raises(ValueError, match=r"10 samples of 'a' are asked for, but there are 4: .* 3 times"):
-        Mixture([a], {"a": 10})
-    repeated = ids(Mixture([a], {"a": 10}, repeat=True))
-    assert sorted(map(repeated.count, set(repeated))) == [2, 2, 3, 3]
-
-
 def test_what_is_wrong_is_said(source):
     a = source("a", 4)
-    with pytest.raises(ValueError, match="no source c in this mixture; there are a"):
-        Mixture([a], {"c": 1})
     with pytest.raises(ValueError, match="two datasets are called 'a'"):
         Mixture([a, a])
     with pytest.raises(ValueError, match="has no sample"):
-        Mixture([a], {"a": 0})
-    with pytest.raises(ValueError, match="has no sample"):
         Mixture([])
-    with pytest.raises(ValueError, match="-1 samples of 'a'"):
-        Mixture([a], {"a": -1})
     with pytest.raises(IndexError):
         Mixture([a])[4]

@@ -121,7 +121,7 @@ def use(file: Path) -> dict[str, Any]:
     with measured(told, "open"):
         dataset = _open(file)
     with measured(told, "mix"):
-        mixture, held_out = hold_out(Mixture([dataset], seed=0), 8)
+        mixture, held_out = hold_out(Mixture([dataset]), 8)
     with measured(told, "grouped"):
         grouped = LengthGroupedSampler(mixture.lengths, batch_size=16, world_size=8).order(0)
     with measured(told, "shuffled"):

@@ -21,10 +21,7 @@ def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
     """
     pictured = int((mixture.lengths > 0).sum())
     count = min(count, pictured // 8)
-    places = [
-        np.asarray(chosen, np.int64)[dataset.lengths[chosen] > 0]
-        for dataset, chosen in zip(mixture.datasets, mixture.chosen, strict=True)
-    ]
+    places = [np.flatnonzero(dataset.lengths > 0) for dataset in mixture.datasets]
     taken: dict[str, Sample] = {}
     depth = 0
     while len(taken) < count and depth < max(map(len, places), default=0):
@@ -36,10 +33,7 @@ def hold_out(mixture: Mixture, count: int) -> tuple[Mixture, list[Sample]]:
                     taken[picture] = sample
     while len(taken) >= 2:
         shown = np.concatenate(
-            [
-                begin + np.flatnonzero(np.isin(chosen, dataset.showing(taken)))
-                for dataset, chosen, begin in zip(mixture.datasets, mixture.chosen, mixture.ends, strict=False)
-            ]
+            [begin + dataset.showing(taken) for dataset, begin in zip(mixture.datasets, mixture.ends, strict=False)]
         )
         rest = mixture.without(shown)
         if len(mixture) - len(rest) <= pictured // 4:
