@@ -372,7 +372,14 @@ def test_ones_own_data_that_moved_are_the_same_data(checked, tmp_path: Path) -> 
     words = lie_in(tmp_path / "here")
     run = checked(*words)
     (run.folder / "finetune" / "step-2").mkdir(parents=True)
-    assert checked(*lie_in(tmp_path / "there")).folder == run.folder
+    words = lie_in(tmp_path / "there")
+    with pytest.raises(
+        ValueError, match=r"data.images: .*here/pictures' there, which is still there, .*there/pictures"
+    ):
+        checked(*words)
+    (tmp_path / "here").rename(tmp_path / "gone")
+    assert checked(*words).folder == run.folder
+    (tmp_path / "there").rename(tmp_path / "gone, too")
     with pytest.raises(ValueError, match=r"begun with other data: finetune/mine.json changed"):
         checked(*lie_in(tmp_path / "elsewhere", "Blue."))
 

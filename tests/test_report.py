@@ -185,7 +185,7 @@ def test_results_alone_suffice_for_means(two, tmp_path) -> None:
 def side(change=lambda results: None) -> report.Side:
     """Results of one benchmark, changed."""
     score = {"value": 50.0, "interval": [0.0, 100.0], "protocol": "paper", "per_question": {"1": 1.0, "2": 0.0}}
-    score |= {"limit": 128, "cut": 0}
+    score |= {"limit": 128, "cut_at": None}
     questions = {"gqa": {"sha256": "a", "pictures": {"1": 0, "2": 1}}}
     results = {"protocol": "paper", "corpus": "here", "benchmarks": {"gqa": {"none": score}}, "questions": questions}
     results["settings"] = {"gqa": {"order": "CQM"}}
@@ -207,7 +207,7 @@ def forget(results: dict) -> None:
         (lambda r: r["benchmarks"]["gqa"]["none"]["per_question"].update(more=1.0), "2 in A, 3 in B, 2 in both"),
         (lambda r: r["questions"]["gqa"].update(sha256="0"), "the same ids, but other prompts, truths or pictures"),
         (lambda r: r.update(settings={"gqa": {"order": "QCM"}}), "asked in other ways: order=CQM in A, QCM in B"),
-        (lambda r: r["benchmarks"]["gqa"]["none"].update(limit=8, cut=1), "1 answers of one were cut off at 8 tokens"),
+        (lambda r: r["benchmarks"]["gqa"]["none"].update(limit=8, cut_at=8), "answers of B were cut off at 8 tokens"),
         (forget, "no hash of them is recorded, and A has here, B elsewhere"),
     ],
 )

@@ -115,6 +115,9 @@ def test_one_benchmark_scored_again_takes_none_from_the_others(scored, configure
         }
         assert set(after["settings"]) == set(before["benchmarks"])
     assert "MMB-dev" in (run.folder / "index.html").read_text()
+    file.write_text("[torn")
+    assert set(again(["benchmark=[gqa]"], [])["benchmarks"]) == {"gqa"}, "they are replaced, with a message"
+    file.write_text(json.dumps(before))
     (run.folder / "answers" / "mme.jsonl").unlink()
     left = again(["benchmark=[gqa]"], [])
     assert set(left["benchmarks"]) == set(before["benchmarks"]) - {"mme"} and left["avg"]["none"] is None
@@ -127,7 +130,7 @@ def test_how_answers_were_asked_for_otherwise_is_told(scored, configure) -> None
     results["settings"] = OmegaConf.to_container(
         configure("run=x", "benchmark.sqa.order=QCM", page="evaluate").benchmark
     )
-    results["benchmarks"]["gqa"]["none"] |= {"cut": 3, "limit": 2, "own_limit": 128}
+    results["benchmarks"]["gqa"]["none"] |= {"cut": 4, "short": 3, "cut_at": 2, "limit": 128}
     told = ["sqa.order=QCM", "3 answers cut off at 2 tokens, below the protocol's limit"]
     assert score.unusual(results) == told and all(way in score.about(run, results) for way in told)
     assert "MME-P / 20" in score.rows(results)

@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mvlm import build, page, projector, trust
+from mvlm import build, page, projector, score, trust
 from mvlm.benchmark.evaluate import stored
 from mvlm.benchmark.pope import POPE
 from mvlm.chat import Chat, converse
@@ -98,6 +98,18 @@ def test_what_is_named_in_the_environment_is_allowed(stranger, monkeypatch) -> N
     for name in ("mypackage", "mypackage.deep", "otherpackage, mypackage.deep.Mine"):
         monkeypatch.setenv("MVLM_ALLOW", name)
         assert run.config.model.module.projector._target_ == "mypackage.deep.Mine"
+
+
+def test_a_strangers_results_say_nothing_of_what_is_made(tmp_path) -> None:
+    """Its settings are values of the benchmark's own page, and none that asks for something to be filled in."""
+    pickled = {"_target_": "numpy.load", "file": "x.npy", "allow_pickle": True, "folder": "/"}
+    usual = score.settings_of("sqa", {})
+    assert score.settings_of("sqa", {"settings": {"sqa": pickled | {"order": "QCM"}}}) == usual | {"order": "QCM"}
+    for order in ("${oc.env:HF_TOKEN}", {"_target_": "os.system"}, 3):
+        assert score.settings_of("sqa", {"settings": {"sqa": {"order": order}}}) == usual
+    for name in ("nothing", "../benchmark/sqa", "/etc/passwd"):
+        with pytest.raises(ValueError, match="there is no conf/benchmark"):
+            score.settings_of(name, {"settings": {name: pickled}})
 
 
 def test_ones_own_command_may_name_anything(configure, tmp_path) -> None:

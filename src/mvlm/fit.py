@@ -111,7 +111,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
             told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
         for d in mixture.datasets:  # one's own files may lie elsewhere next time; two may have one name
-            key = f"{stage}/{placeless(d.source) if is_own(d.source) else d.source}"
+            key = wherever(f"{stage}/{d.source}")
             hashes[key] = hashes.get(key, "") + d.sha256
         if cfg.get("exclude"):
             left_out = ", ".join(f"{len(d.excluded):,} of {d.source}" for d in mixture.datasets)
@@ -123,6 +123,12 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     Console(quiet=not first_process()).print(table, *why, sep="\n")
 
 
+def wherever(name: str) -> str:
+    """`<stage>/<source>` of one's own file, without where it lies."""
+    stage, _, source = name.partition("/")
+    return f"{stage}/{placeless(source)}" if is_own(source) else name
+
+
 def check_data(run: Run, hashes: Mapping[str, str]) -> None:
     """Compare the data with those that a run has begun with, if it has trained anything.
 
@@ -132,7 +138,7 @@ def check_data(run: Run, hashes: Mapping[str, str]) -> None:
     Raises:
         ValueError: some are others.
     """
-    before = run.facts.get("data_sha256", {})
+    before = {wherever(name): sha for name, sha in run.facts.get("data_sha256", {}).items()}
     other = sorted(name for name in before.keys() & hashes if before[name] != hashes[name])
     if other and any(run.finished(stage) or resume.checkpoints(run.folder / stage) for stage in build.STAGES):
         first = other[0]

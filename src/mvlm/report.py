@@ -173,10 +173,9 @@ def unlike(a: Side, b: Side, name: str, view: str) -> str:
     keys = sorted((ways[0].keys() & ways[1].keys()) - {*PLACES})
     if others := [f"{key}={ways[0][key]} in A, {ways[1][key]} in B" for key in keys if ways[0][key] != ways[1][key]]:
         return f"asked in other ways: {', '.join(others)}"
-    one, two = sorted(scores, key=lambda score: score.get("limit") or 0)
-    if one.get("limit") and one["limit"] < two["limit"] and one["cut"]:
-        told = f"{one['cut']} answers of one were cut off at {one['limit']} tokens, and the other's might have {two['limit']}"
-        return f"{told} (evaluate both again)"
+    for letter, one, two in (("A", *scores), ("B", *scores[::-1])):
+        if (end := one.get("cut_at")) and end < two.get("limit", end):
+            return f"answers of {letter} were cut off at {end} tokens, and the other's might have {two['limit']} (evaluate {letter} again)"
     ids = [set(score["per_question"]) for score in scores]
     if ids[0] != ids[1]:
         return f"other questions: {len(ids[0])} in A, {len(ids[1])} in B, {len(ids[0] & ids[1])} in both"

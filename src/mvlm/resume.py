@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mvlm.run import REQUEUE, differences, file_hash, write_json
+from mvlm.run import REQUEUE, content, differences, file_hash, write_json
 
 KEPT = 2
 """Checkpoints of a stage that are kept: the newest, and one before it in case the newest is torn."""
@@ -90,7 +90,7 @@ class PlainCheckpoints(CheckpointIO):
         if fault := torn(path):
             raise ValueError(f"{path} cannot be gone on from: {fault}")
         told = json.loads((path / "state.json").read_text())
-        if differs := differences(told["config"], self.config):
+        if differs := differences(content(told["config"]), self.config):
             raise ValueError(f"{path} is of another configuration:\n" + "\n".join(differs[:20]))
         return _put_together(told["state"], load_file(path / "tensors.safetensors"))
 

@@ -61,7 +61,7 @@ MACHINE_KEYS = (
     "hydra",
 )
 """Keys that say where and how fast, not what: a run folder may be continued with others. So may one whose data or cache have moved
-(`corpus.root`, or any other `root`, and of PLACED the folders): their hashes are compared instead, see `mvlm.fit.check_data`."""
+(`corpus.root`, or any other `root`, and of PLACED the folders): the files' hashes are compared instead, see `mvlm.fit.check_data`."""
 
 PLACED = ("data.pretrain", "data.finetune", "data.images", "exclude")
 """Keys that name one's own files."""
@@ -221,10 +221,17 @@ class Run:
         return run
 
     def differs(self, cfg: DictConfig) -> list[str]:
-        """What the folder's configuration says otherwise than this one; nothing if it has none yet."""
+        """What the folder's configuration says otherwise than this one; nothing if it has none yet.
+
+        Pictures are not hashed: if the folder that they were in is still there, another one holds others."""
         if not (self.folder / "config.yaml").exists():
             return []
-        return differences(content(self.config_dict()), content(cfg))
+        there, here = self.config_dict(), OmegaConf.to_container(cfg, resolve=True)
+        other = differences(content(there), content(here))
+        was, now = (said.get("data", {}).get("images") for said in (there, here))
+        if was and now and Path(was).exists() and os.path.realpath(was) != os.path.realpath(now):
+            other.append(f"  data.images: {was!r} there, which is still there, {now!r} here")
+        return other
 
     def wait(self) -> None:
         """Until the first process has opened the folder.

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mvlm import build
 from mvlm.benchmark.base import Benchmark, Protocol, Question, digest
-from mvlm.benchmark.evaluate import answers_file, averages, evaluate, stored
+from mvlm.benchmark.evaluate import answers_file, averages, evaluate, scored_again, stored
 from mvlm.benchmark.ranks import ranks
 from mvlm.cli import CONF, instance
 from mvlm.data.corpus import Corpus
@@ -186,7 +186,6 @@ def run(
     cfg = run.config
     which = {"folder": folder, "protocol": protocol, "any_version": any_version}
     found = opened(cfg, chosen, files, **which)
-    before = earlier(run, protocol)
     # In its type once; autocast would convert the weights again for every batch.
     kind = build.device(device), build.autocast_type(build.precision(precision, device))
 
@@ -206,64 +205,81 @@ def run(
         features={},
         **build.asking(run.config, words, ready),
     )
-    settings = OmegaConf.to_container(chosen)
-    for name, views in before.get("benchmarks", {}).items():
-        more = [view for view in views if view not in results["benchmarks"].get(name, {})]
-        if more:
-            told = settings.get(name) or settings_of(name, before)
-            try:
-                opens = [one for one in found if one.name == name] or opened(
-                    cfg, OmegaConf.create({name: told}), files, **which
-                )
-                scored = evaluate(
-                    None, opens, run.folder / "answers", controls=[view for view in more if view != "none"]
-                )
-            except ValueError as error:
-                Console().print(f"[yellow]earlier scores are left out, {name} {', '.join(more)}:[/] {error}")
-                continue
-            if name not in settings:
-                found, settings[name] = found + opens, told
-                if name in before.get("flips", {}):
-                    results["flips"] = results.get("flips", {}) | {name: before["flips"][name]}
-            results["benchmarks"][name] = scored["benchmarks"][name] | results["benchmarks"].get(name, {})
-    results["avg"] = averages(results["benchmarks"])
-    results |= {"generated": is_generated(cfg, folder), "settings": settings}
+    results |= {"generated": is_generated(cfg, folder), "settings": OmegaConf.to_container(chosen)}
     if ranks()[0] > 0:
         return results
+    found += and_earlier(run, results, found, partial(opened, cfg, files=files, **which))
     return publish(run, results, found, folder or files.benchmarks, wandb)
 
 
-def earlier(run: Run, protocol: Protocol) -> dict[str, Any]:
-    """What a run's results.json says, or nothing where there is none."""
-    file = run.folder / f"results{beside(protocol)}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def and_earlier(
+    run: Run, results: dict[str, Any], found: Sequence[Benchmark], opener: Callable[..., list[Benchmark]]
+) -> list[Benchmark]:
+    """Add what an earlier results.json has beside (other benchmarks, other views), scored from the stored answers; what can't be is told.
+
+    Args:
+        results: of this evaluation; changed in place.
+        found: its benchmarks.
+        opener: `opened`, but for which.
+
+    Returns:
+        The other benchmarks.
+    """
+    more: list[Benchmark] = []
+    try:
+        before = run.results(results["protocol"])
+        earlier = {name: list(views) for name, views in before.get("benchmarks", {}).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        Console().print(f"[yellow]the earlier results can't be read and are replaced:[/] {error}")
+        return more
+    for name, views in earlier.items():
+        there = results["benchmarks"].get(name, {})
+        if not (others := [view for view in views if view not in there]):
+            continue
+        try:
+            settings = results["settings"].get(name) or settings_of(name, before)
+            (benchmark,) = [one for one in found if one.name == name] or opener(OmegaConf.create({name: settings}))
+            results["benchmarks"][name] = there | scored_again(benchmark, run.folder / "answers", others)
+        except ValueError as error:
+            Console().print(f"[yellow]earlier scores are left out, {name} {', '.join(others)}:[/] {error}")
+            continue
+        if name not in results["settings"]:
+            more, results["settings"][name] = [*more, benchmark], settings
+            if name in before.get("flips", {}):
+                results["flips"] = results.get("flips", {}) | {name: before["flips"][name]}
+    results["avg"] = averages(results["benchmarks"])
+    return more
 
 
 def settings_of(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """A benchmark's page of conf/benchmark, as a results.json says that it was set, or as it stands.
+    """A benchmark's page of conf/benchmark, with those settings of its own that a results.json says it was asked with. What is made is
+    the page's alone to say: a results.json may be anybody's.
 
     Raises:
         ValueError: there is no such page.
     """
-    if (told := results.get("settings", {}).get(name)) is not None:
-        return told
-    page = CONF / "benchmark" / f"{name}.yaml"
-    if not page.is_file():
+    pages = {page.stem: page for page in (CONF / "benchmark").glob("*.yaml")}
+    if name not in pages:
         raise ValueError(f"there is no conf/benchmark/{name}.yaml")
-    return OmegaConf.to_container(OmegaConf.load(page))[name]
+    usual = OmegaConf.to_container(OmegaConf.load(pages[name]))[name]
+    told = results.get("settings", {}).get(name, {})
+    own = {key: told[key] for key in usual.keys() & told.keys() - {*PLACES}}
+    return usual | {k: v for k, v in own.items() if isinstance(v, type(usual[k])) and "${" not in str(v)}
 
 
 def unusual(results: Mapping[str, Any]) -> list[str]:
     """What of the way that answers were asked for is not the protocol's as it stands: settings of a benchmark's own, a lower limit."""
     told = []
     for name, settings in results.get("settings", {}).items():
-        usual = settings_of(name, {}) if (CONF / "benchmark" / f"{name}.yaml").is_file() else settings
+        try:
+            usual = settings_of(name, {})
+        except ValueError:  # of a benchmark that is not here
+            continue
         told += [f"{name}.{k}={v}" for k, v in settings.items() if k not in PLACES and v != usual.get(k)]
     short: Counter = Counter()
     for views in results["benchmarks"].values():
-        if (one := views["none"]).get("limit") and one["limit"] < one["own_limit"]:
-            short[one["limit"]] += one["cut"]
-    told += [f"{n} answers cut off at {limit} tokens, below the protocol's limit" for limit, n in short.items() if n]
+        short[views["none"].get("cut_at")] += views["none"].get("short", 0)
+    told += [f"{n} answers cut off at {end} tokens, below the protocol's limit" for end, n in short.items() if n]
     return told
 
 

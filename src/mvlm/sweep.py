@@ -135,7 +135,7 @@ class Cell:
         """The configuration of a command line, and the run folder it is for. Inside `initialize_config_dir`."""
         full = compose("train", list(overrides), return_hydra_config=True)
         cfg = OmegaConf.masked_copy(full, [key for key in full if key != "hydra"])
-        return cls(tuple(overrides), cfg, Run(Path(cfg.runs) / cell_name(cfg, full.hydra)), tuple(rows))
+        return cls(tuple(overrides), cfg, Run(Path(str(cfg.runs)) / cell_name(cfg, full.hydra)), tuple(rows))
 
     @property
     def name(self) -> str:
@@ -360,7 +360,7 @@ def train(cfg: DictConfig) -> str:
         The cell's state: done, failed or killed; `running` if another process has it.
     """
     hydra = HydraConfig.get()
-    cell = Cell(tuple(hydra.overrides.task), cfg, Run(Path(cfg.runs) / cell_name(cfg, hydra)), ())
+    cell = Cell(tuple(hydra.overrides.task), cfg, Run(Path(str(cfg.runs)) / cell_name(cfg, hydra)), ())
     if (before := cell.state()) in ("done", "running"):
         return before
     resumed = (cell.run.folder / "config.yaml").exists()
@@ -372,7 +372,10 @@ def train(cfg: DictConfig) -> str:
     if jobs and jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     try:
-        with a_gpu(Path(cfg.runs), jobs) as gpu, Log(cell.run.folder / f"log{rank or ''}.txt", show=jobs == 1) as log:
+        with (
+            a_gpu(Path(str(cfg.runs)), jobs) as gpu,
+            Log(cell.run.folder / f"log{rank or ''}.txt", show=jobs == 1) as log,
+        ):
             command = [sys.executable, str(ROOT / "train.py"), *cell.overrides]
             code = log.follow(
                 subprocess.Popen(command, stdout=log.file, stderr=subprocess.STDOUT, env=environment | gpu)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mvlm.benchmark.base import Question
-from mvlm.benchmark.evaluate import _progress, answer_all, average, evaluate, stored
+from mvlm.benchmark.evaluate import _progress, answer_all, average, evaluate, scored_again, stored
 from mvlm.benchmark.gqa import GQA
 from mvlm.benchmark.mmbench import MMBench
 from mvlm.benchmark.mme import MME, PERCEPTION
@@ -85,7 +85,7 @@ def test_what_a_lower_limit_cut_off_is_asked_again(tmp_path, model, loop, six):
     """And nothing else is; without a limit it is the protocol's, and a score says which it was."""
     folder = tmp_path / "answers"
     short = evaluate(model, six[:1], folder, max_new_tokens=2, **loop)["benchmarks"]["gqa"]["none"]
-    assert (short["limit"], short["own_limit"]) == (2, 128) and short["cut"] > 0
+    assert (short["limit"], short["cut_at"]) == (2, 2) and short["cut"] == short["short"] > 0
     lines = [json.loads(line) for line in (folder / "gqa.jsonl").read_text().splitlines()]
     assert {line["limit"] for line in lines} == {2}
     opened = sum(loop["pictures"].opened.values())
@@ -97,7 +97,10 @@ def test_what_a_lower_limit_cut_off_is_asked_again(tmp_path, model, loop, six):
     assert [line["id"] for line in then] == [line["id"] for line in lines]
     assert [line["limit"] for line in then] == [2 if line["stopped"] else 128 for line in lines]
     fresh = evaluate(model, six[:1], tmp_path / "fresh", **loop)["benchmarks"]["gqa"]["none"]
-    assert whole == fresh | {"limit": whole["limit"]}
+    assert whole == fresh and (whole["short"], whole["limit"]) == (0, 128)
+    assert scored_again(six[0], folder, ["none"]) == {"none": whole}
+    with pytest.raises(ValueError, match=r"4 of 4 questions have no answer in .*gqa-blind.jsonl"):
+        scored_again(six[0], folder, ["blind"])
 
 
 def test_two_protocols_keep_their_answers_apart(tmp_path, model, loop, six):

@@ -72,10 +72,11 @@ def evaluate(
         loop: the arguments of `own_loop`.
 
     Returns:
-        {"protocol": ..., "benchmarks": {name: {view: score, "cut", "limit", "own_limit" and "precision"}}, "avg": {view: Avg or
-        None}} in plain types; a view is `none` or a control; "cut" counts the answers that were cut off, "limit" is the number of
-        tokens that they might have (the least that any might) and "own_limit" the protocol's; "precision" is the number of answers by
-        what the model computed in. With `flips` also "flips": {name: {"flipped", "items", "precision"}}.
+        {"protocol": ..., "benchmarks": {name: {view: score, "cut", "short", "cut_at", "limit" and "precision"}}, "avg": {view: Avg
+        or None}} in plain types; a view is `none` or a control. "cut" counts the answers that were cut off, "short" those of them
+        below the protocol's limit, "cut_at" is the least number of tokens that one was cut off at (None if none was) and "limit" the
+        most that any might have; "precision" is the number of answers by what the model computed in. With `flips` also "flips":
+        {name: {"flipped", "items", "precision"}}.
 
     Raises:
         ValueError: the benchmarks are of several protocols, or what `answers` and the benchmarks say.
@@ -115,6 +116,21 @@ def evaluate(
     return scored | ({"flips": differing} if flips else {})
 
 
+def scored_again(benchmark: Benchmark, folder: Path, views: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The scores of some views from their stored answers, in this process alone.
+
+    Raises:
+        ValueError: some are not there, or belong to other questions.
+    """
+    questions, scores = benchmark.questions(), {}
+    for view in views:
+        lines = stored(path := answers_file(folder, benchmark, view), questions)
+        if missing := len(questions) - len(lines):
+            raise ValueError(f"{missing} of {len(questions)} questions have no answer in {path}")
+        scores[view] = _scored(benchmark, questions, {q.id: lines[q.id] for q in questions})
+    return scores
+
+
 def averages(scores: Mapping[str, Mapping[str, Any]], views: Iterable[str] = ()) -> dict[str, float | None]:
     """Avg by view, of scores by benchmark and view; of all views that any benchmark has, `none` first, if none is named."""
     views = list(views) or list(dict.fromkeys(["none", *(view for some in scores.values() for view in some)]))
@@ -150,13 +166,14 @@ def _scored(
     benchmark: Benchmark, questions: Sequence[Question], lines: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     score = benchmark.score({key: line["text"] for key, line in lines.items()}, questions)
-    limit = min((line.get("limit", UNTOLD) for line in lines.values()), default=None)
-    cut = {
-        "cut": sum(not line["stopped"] for line in lines.values()),
-        "limit": limit,
-        "own_limit": benchmark.max_new_tokens,
+    ends = [line.get("limit", UNTOLD) for line in lines.values() if not line["stopped"]]
+    told = {
+        "cut": len(ends),
+        "short": sum(end < benchmark.max_new_tokens for end in ends),
+        "cut_at": min(ends, default=None),
+        "limit": max((line.get("limit", UNTOLD) for line in lines.values()), default=None),
     }
-    return score.as_dict() | cut | {"precision": _precisions(lines.values())}
+    return score.as_dict() | told | {"precision": _precisions(lines.values())}
 
 
 def _precisions(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
