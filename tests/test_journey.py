@@ -11,6 +11,7 @@ from shutil import copytree
 
 import pytest
 import torch
+from omegaconf import open_dict
 from PIL import Image
 
 from mvlm import build, fit, score
@@ -353,6 +354,23 @@ def test_data_that_moved_are_the_same_data(checked, tmp_path: Path) -> None:
     annotations.write_text(annotations.read_text().replace("?", "??", 1))
     with pytest.raises(ValueError, match="begun with other data: finetune/sqa changed"):
         checked(elsewhere)
+
+
+def test_a_mix_of_named_sources_needs_to_say_no_folder(configure) -> None:
+    cfg = configure("model=nano")
+    with open_dict(cfg.data):
+        del cfg.data["images"]
+    assert len(build.mixture(cfg, "finetune", build.corpus(cfg), build.tokenizer(cfg), 16))
+
+
+def test_what_nothing_was_trained_by_keeps_nobody_from_mending_it(checked, tmp_path: Path) -> None:
+    """A run that was refused has a folder and no stage: its configuration is put in order, not held against it."""
+    checked("recipe.warmup=0.1")
+    run = checked("recipe.warmup=0.2")
+    assert run.config.recipe.warmup == 0.2
+    (run.folder / "pretrain" / "step-2").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"another configuration:\n  recipe.warmup: 0.2 there, 0.1 here"):
+        checked("recipe.warmup=0.1")
 
 
 def test_ones_own_data_that_moved_are_the_same_data(checked, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mvlm import sweep, table
-from mvlm.run import Run, duration
+from mvlm.run import Run, duration, file_hash
 from mvlm.sweep import Cell, Sweep, at_a_time, cells, check, main, outcome
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,7 +136,9 @@ def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_wrong_cell_is_told_at_once(tmp_path: Path) -> None:
-    (tmp_path / "nano-ldpv1-v2-freeze_llm-s0").mkdir()
+    begun = tmp_path / "nano-ldpv1-v2-freeze_llm-s0" / "pretrain" / "stage.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{}")
     other = cells(["sweeps=table6", *NANO, "recipe.warmup=0.5"])[1].cfg
     OmegaConf.save(
         OmegaConf.create(OmegaConf.to_container(other, resolve=True)),
@@ -151,6 +153,30 @@ def test_every_wrong_cell_is_told_at_once(tmp_path: Path) -> None:
         check(cells(["sweeps=table6", *NANO, f"runs={tmp_path / 'new'}", "recipe.finetune.micro_batch=3"]), jobs=1)
     assert "3 of 3 cells" in str(refused.value) and str(refused.value).count("batch") >= 3
     assert not (tmp_path / "new").exists()
+
+
+def test_a_cell_that_was_trained_on_other_data_is_refused(tmp_path: Path) -> None:
+    """As a single run is: else an old model's scores would stand for the data as they are now."""
+    file = tmp_path / "mine.json"
+    file.write_text("[" + ", ".join(['{"conversations": []}'] * 9) + "]")
+    words = ["model=nano", "data=custom", f"data.finetune=[{file}]", f"runs={tmp_path / 'runs'}", "evaluate=false"]
+    (cell,) = cells(words)
+    trained = cell.run.folder / "finetune" / "stage.json"
+    trained.parent.mkdir(parents=True)
+    trained.write_text("{}")
+    cell.run.note(data_sha256={"finetune/mine.json": file_hash(file)})
+    check([cell], jobs=1)
+    file.write_text(file.read_text().replace("[]}", "[ ]}"))
+    sweep.hashed.cache_clear()
+    with pytest.raises(ValueError, match=r"begun with other data: finetune/mine.json changed"):
+        check(cells(words), jobs=1)
+
+
+def test_a_cluster_that_is_not_here_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r'Could not detect "srun".* leave out hydra/launcher='):
+        main([*NANO, f"runs={tmp_path}", "evaluate=false", "hydra/launcher=submitit_slurm"])
 
 
 def test_memory_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from mvlm import build, report, score, sheet, table
+from mvlm import build, report, score, sheet, sweep, table
 from mvlm.benchmark.base import Sums
 from mvlm.benchmark.evaluate import AVERAGED, answers_file, evaluate
 from mvlm.cli import CONF, ROOT
@@ -218,6 +218,21 @@ def test_rows_that_are_alike_do_not_differ(told) -> None:
         for entry in (*pair["benchmarks"].values(), pair["avg"]):
             assert (entry["difference"], entry["interval"], entry["p"], entry["verdict"]) == (0, [0, 0], 1, "n.s.")
     assert pair_of(told, "2")["avg"]["seeds_interval"] == [0, 0] and pair_of(told, "7")["avg"]["seeds_interval"] is None
+
+
+def test_rows_that_leave_things_out_have_what_all_others_have(tmp_path, monkeypatch) -> None:
+    """What changes from one to the next is what really does: a row without a projector has the default."""
+    page = "title: t [lora]\npublished: null\ncells:\n  a: {projector: ldpv2, strategy: lora}\n  b: {data: v1}\n"
+    (tmp_path / "sparse.yaml").write_text(page)
+    monkeypatch.setattr(sweep, "SWEEPS", tmp_path)
+    for row in "ab":
+        (tmp_path / "runs" / composed("sparse", row, tmp_path / "runs").name).mkdir(parents=True)
+    (report,) = table.tables("sparse", model="nano", runs=tmp_path / "runs", draws=10)
+    assert report["pairs"][0]["changes"] == {"strategy": ["lora", "unfreeze_llm"], "data": ["v2", "v1"]}
+    assert [row["sets"]["projector"] for row in report["rows"]] == ["ldpv2", "ldpv2"]
+    console = Console(file=io.StringIO(), width=100)
+    sheet.show(report, console)
+    assert "t [lora]" in console.file.getvalue()
 
 
 def test_right_against_wrong_differs_on_the_seeds_that_both_have(told) -> None:

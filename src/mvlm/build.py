@@ -116,7 +116,7 @@ def datasets(
             exclude=partial(read_exclusions, listed, stage, source.name) if listed else (),
             follow_links=cfg.get("follow_links", False),
         )
-        for source in sources_of(files, list(cfg.data[stage]), cfg.data.images)
+        for source in sources_of(files, list(cfg.data[stage]), cfg.data.get("images"))
     ]
 
 

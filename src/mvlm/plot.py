@@ -99,7 +99,7 @@ def forest(pairs: Sequence[Mapping[str, Any]], titles: Mapping[str, str], title:
     entries = {key: found for key, found in entries.items() if found}
     if not entries:
         return None
-    made, panels = figure(title, 1.2 + 1.4 * len(entries), 1.1 + 0.36 * len(pairs), len(entries), sharey=True)
+    made, panels = figure(title, max(4.0, 1.2 + 1.4 * len(entries)), 1.1 + 0.36 * len(pairs), len(entries), sharey=True)
     for ax, (key, found) in zip(panels, entries.items(), strict=True):
         ax.axvline(0, color=THEME["soft"], linewidth=1)
         for place, entry in found:

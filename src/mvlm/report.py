@@ -37,7 +37,7 @@ from rich.table import Table
 from mvlm.benchmark.base import Benchmark, Protocol, Question, Sums, drawn_again, percent
 from mvlm.benchmark.evaluate import AVERAGED, answers_file, stored
 from mvlm.page import CONTROLS, Shown, document, gallery, spread, table
-from mvlm.run import beside, write_json
+from mvlm.run import beside, commit_told, write_json
 from mvlm.score import PAGE_QUESTIONS, PLACES, TITLES, Item, benchmarks, fingerprint, settings_of
 
 DRAWS = 10_000
@@ -122,7 +122,7 @@ class Side:
         facts = {
             "model": self.results.get("model"),
             "protocol": self.results["protocol"],
-            "commit": self.results.get("commit", "")[:7],
+            "commit": commit_told(self.results.get("commit")),
             "benchmark files": self.results.get("corpus"),
         }
         told = ", ".join(f"{name} {fact}" if fact else f"{name} not recorded" for name, fact in facts.items())

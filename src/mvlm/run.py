@@ -169,6 +169,11 @@ def beside(protocol: str) -> str:
     return "" if protocol == "paper" else f"-{protocol}"
 
 
+def commit_told(commit: str | None) -> str:
+    """A commit's seven digits, and whether the code was changed after it."""
+    return re.sub(r"^([0-9a-f]{7})[0-9a-f]*", r"\1", commit or "")
+
+
 class Run:
     """The run folder of a configuration."""
 
@@ -221,10 +226,11 @@ class Run:
         return run
 
     def differs(self, cfg: DictConfig) -> list[str]:
-        """What the folder's configuration says otherwise than this one; nothing if it has none yet.
+        """What the folder's configuration says otherwise than this one; nothing if nothing was trained or answered by it yet.
 
         Pictures are not hashed: if the folder that they were in is still there, another one holds others."""
-        if not (self.folder / "config.yaml").exists():
+        begun = any(next(self.folder.glob(made), None) for made in ("*/stage.json", "*/step-*", "answers/*"))
+        if not begun or not (self.folder / "config.yaml").exists():
             return []
         there, here = self.config_dict(), OmegaConf.to_container(cfg, resolve=True)
         other = differences(content(there), content(here))

@@ -10,7 +10,6 @@ import csv
 import html
 import io
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from rich.table import Table
 from mvlm import plot
 from mvlm.benchmark.evaluate import AVERAGED
 from mvlm.page import Html, document, table
-from mvlm.run import beside, duration, write_json
+from mvlm.run import beside, commit_told, duration, write_json
 from mvlm.score import TITLES
 from mvlm.table import LEVEL, average_of, histories
 
@@ -73,11 +72,6 @@ def hardware_told(cell: Mapping[str, Any]) -> str:
     cores = f"{cell['hardware']['cores']} cores ({cell['hardware']['processor']})"
     on = " + ".join(f"{gpus.count(gpu)} x {gpu}" for gpu in dict.fromkeys(gpus)) or cores
     return f"{on} in {listed(cell['precision'])}"
-
-
-def commit_told(commit: str | None) -> str:
-    """A commit's seven digits, and whether the code was changed after it."""
-    return re.sub(r"^([0-9a-f]{7})[0-9a-f]*", r"\1", commit or "")
 
 
 def caption(report: Mapping[str, Any]) -> list[str]:
@@ -488,7 +482,7 @@ def show(report: Mapping[str, Any], console: Console | None = None) -> None:
     names = ["row", *(HEADS.get(name, name) for name in report["benchmarks"]), "Avg", "Avg blind"]
     if console.width >= WIDE:
         names = ["row", "tokens", "params (M)", *names[1:], "Avg shuffled", "samples/s", "time", "seeds"]
-    printed = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, title=report["title"], title_justify="left")
+    printed = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, title=escape(report["title"]), title_justify="left")
     for number, name in enumerate(names):
         printed.add_column(broken(name), justify="right" if number else "left")
     for kind, cells in lines:

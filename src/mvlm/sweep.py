@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from itertools import product
@@ -47,7 +47,7 @@ from rich.table import Table
 
 from mvlm.cli import CONF, ROOT, check_overrides, nearest
 from mvlm.plan import physical_memory
-from mvlm.run import REQUEUE, Run, cell_name, differences, duration, flatten, write_json
+from mvlm.run import REQUEUE, Run, cell_name, differences, duration, file_hash, flatten, write_json
 from mvlm.trust import read_json
 
 if TYPE_CHECKING:
@@ -129,17 +129,31 @@ class Cell:
     run: Run
     rows: tuple[str, ...]
     """Where it stands: `table6 (a)`, `table7 2`; empty in a sweep without a table."""
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """Of each group of conf/."""
 
     @classmethod
     def composed(cls, overrides: Sequence[str], rows: Sequence[str] = ()) -> Cell:
         """The configuration of a command line, and the run folder it is for. Inside `initialize_config_dir`."""
         full = compose("train", list(overrides), return_hydra_config=True)
         cfg = OmegaConf.masked_copy(full, [key for key in full if key != "hydra"])
-        return cls(tuple(overrides), cfg, Run(Path(str(cfg.runs)) / cell_name(cfg, full.hydra)), tuple(rows))
+        return cls(
+            tuple(overrides),
+            cfg,
+            Run(Path(str(cfg.runs)) / cell_name(cfg, full.hydra)),
+            tuple(rows),
+            dict(full.hydra.runtime.choices),
+        )
 
     @property
     def name(self) -> str:
         return self.run.folder.name
+
+    def value(self, key: str) -> Any:
+        """What the cell has of a key of a page: a choice, or a setting in plain types."""
+        chosen = [choice for group, choice in self.choices.items() if group.split("@")[0] == key]
+        said = OmegaConf.select(self.cfg, key)
+        return chosen[0] if chosen else OmegaConf.to_container(said) if OmegaConf.is_config(said) else said
 
     def state(self) -> str:
         """missing, running, done, failed, killed, or unfinished: begun, and not ended by a sweep."""
@@ -274,14 +288,26 @@ def check_cell(cell: Cell, jobs: int | None, looked_at: set) -> Plan:
     if jobs is not None:
         fits(cfg, made, world, jobs)
     files = build.corpus(cfg)  # the pocket world is made here, before several cells want it at once
+    begun = cell.run.facts.get("data_sha256")
+    hashes = {"exclude": hashed(cfg.exclude)} if begun and cfg.exclude else {}
     for stage in build.STAGES:
-        sources_of(files, list(cfg.data[stage]), cfg.data.images)
+        for source in sources_of(files, list(cfg.data[stage]), cfg.data.get("images")):
+            if begun:
+                key = fit.wherever(f"{stage}/{source.name}")
+                hashes[key] = hashes.get(key, "") + hashed(source.annotations)
+    fit.check_data(cell.run, hashes)
     scored = {"folder": cfg.benchmark_root, "protocol": cfg.protocol, "any_version": cfg.any_version}
     key = (files.root, *scored.values(), *cfg.benchmark)
     if cfg.evaluate and key not in looked_at:
         score.opened(cfg, cfg.benchmark, files, **scored)
         looked_at.add(key)
     return made
+
+
+@cache
+def hashed(file: str | Path) -> str:
+    """SHA-256 of a file, read once for all cells."""
+    return file_hash(Path(file))
 
 
 def fits(cfg: DictConfig, made: Plan, world: int, jobs: int) -> None:
@@ -514,7 +540,12 @@ def main(arguments: Sequence[str]) -> int:
             batch = todo[first : first + size]
             if jobs == 1:
                 console.rule(f"{first + 1} of {len(todo)}: {batch[0].name}")
-            returned = [job.return_value for job in launcher.launch([cell.overrides for cell in batch], first)]
+            try:
+                returned = [job.return_value for job in launcher.launch([cell.overrides for cell in batch], first)]
+            except RuntimeError as error:  # of submitit: no SLURM here
+                if "slurm" not in str(error).lower():
+                    raise
+                raise ValueError(f"{error} Start it where sbatch and srun are, or leave out hydra/launcher=") from None
             if master.fail_fast and set(returned) & {"failed", "killed"}:
                 break
     console.print(end_table(sweep))

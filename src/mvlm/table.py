@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -111,7 +112,8 @@ def with_seed(cell: Cell, seed: int) -> Cell:
     head, tail = named(cell)
     cfg = OmegaConf.merge(cell.cfg, {"seed": seed})
     words = [word for word in cell.overrides if not word.startswith("seed=")]
-    return Cell((*words, f"seed={seed}"), cfg, Run(cell.run.folder.parent / f"{head}{seed}{tail}"), cell.rows)
+    run = Run(cell.run.folder.parent / f"{head}{seed}{tail}")
+    return replace(cell, overrides=(*words, f"seed={seed}"), cfg=cfg, run=run)
 
 
 def seeds_of(cell: Cell) -> set[int]:
@@ -229,13 +231,21 @@ def average_of(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], view: str 
     return average({name: views[view]["value"] for name, views in scores.items() if view in views})
 
 
+def as_asked(cell: Cell) -> Cell:
+    """The same cell with the benchmarks and controls that its run was asked for: a table finds it whatever these were."""
+    said, cfg = cell.run.config_dict() if (cell.run.folder / "config.yaml").exists() else {}, copy(cell.cfg)
+    for key in {"benchmark", "controls", "evaluate"} & said.keys():
+        OmegaConf.update(cfg, key, said[key], merge=False, force_add=True)
+    return replace(cell, cfg=cfg)
+
+
 def measure(cell: Cell, side: Side | None) -> dict[str, Any]:
     """What a table tells of a cell."""
     stages, facts, told, results = trained(cell.run), cell.run.facts, outcome(cell.run), side.results if side else {}
     whole = all(name in stages for name in STAGES if list(cell.cfg.data[name]))
     seconds = sum(stage["seconds"] for stage in stages.values()) if whole else None
     seen = sum(sum(stage["samples"].values()) * cell.cfg.recipe[name].epochs for name, stage in stages.items())
-    state = cell.state()
+    state = as_asked(cell).state()
     state = told.get("state", state) if state == "missing" else state  # one that failed before it had a configuration
     scores = results.get("benchmarks", {})
     return {
@@ -401,8 +411,9 @@ def tables(
             "rows": [],
             "pairs": [],
         }
+        keys = list(dict.fromkeys(key for sets in swept.rows.values() for key in sets))
         for row, some in cells.items():
-            sets = dict(swept.rows[row])
+            sets = {key: next(iter(some.values())).value(key) for key in keys}
             entry = {
                 "row": row,
                 "model": sets.get("model", model),
@@ -410,11 +421,13 @@ def tables(
                 **sizes(next(iter(some.values())).cfg, known),
             }
             entry |= summary(some, sides[row], answers, report["benchmarks"], draws)
-            entry |= {"paper": paper.get(row), "paper_model": sets.get("model", PAPER_MODEL)}
+            entry |= {"paper": paper.get(row), "paper_model": swept.rows[row].get("model", PAPER_MODEL)}
             report["rows"].append(entry)
         for upper, lower in pairwise(swept.rows):
-            one, two = swept.rows[upper], swept.rows[lower]
-            changes = {key: [one.get(key), two.get(key)] for key in {**one, **two} if one.get(key) != two.get(key)}
+            one, two = (
+                next(entry["sets"] for entry in report["rows"] if entry["row"] == row) for row in (upper, lower)
+            )
+            changes = {key: [one[key], two[key]] for key in keys if one[key] != two[key]}
             report["pairs"].append(neighbours(upper, lower, sides, answers, draws) | {"changes": changes})
         entries = [entry for pair in report["pairs"] for entry in (*pair["benchmarks"].values(), pair["avg"]) if entry]
         adjusted = holm({str(number): entry["p"] for number, entry in enumerate(entries) if "p" in entry})
