@@ -185,8 +185,8 @@ def pick(
     needs: dict[str, int] = {}
     for engine in ("plain",) if devices == 1 else ("ddp", "fsdp2"):
         for again in checkpointing:
-            kept = load.needs(devices, engine, again) - load.states(devices, engine)
             needs[engine] = load.needs(devices, engine, again)
+            kept = needs[engine] - load.states(devices, engine)
             if needs[engine] <= MARGIN * memory:
                 told = f"{stage}: {engine}, {gigabytes(needs[engine])} of the {gigabytes(memory)} that a device has"
                 told += f", where ddp needs {gigabytes(needs['ddp'])}" if engine == "fsdp2" else ""

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -110,9 +110,7 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
         for number, (source, count) in enumerate(mixture.counts.items()):
             told = (stage, ", ".join(f"{k} {v:g}" if v else f"{k} frozen" for k, v in rates.items()), str(steps))
             table.add_row(told[0] if not number else "", source, f"{count:,}", *(told[1:] if not number else ("", "")))
-        for d in mixture.datasets:  # one's own files may lie elsewhere next time; two may have one name
-            key = wherever(f"{stage}/{d.source}")
-            hashes[key] = hashes.get(key, "") + d.sha256
+        hashes |= by_source(stage, ((d.source, d.sha256) for d in mixture.datasets))
         if cfg.get("exclude"):
             left_out = ", ".join(f"{len(d.excluded):,} of {d.source}" for d in mixture.datasets)
             why.append(f"{stage}: trained without {left_out}, as {cfg.exclude} says")
@@ -121,6 +119,16 @@ def check(cfg: DictConfig, data: dict[str, Mixture | None], run: Run, files: Cor
     check_data(run, hashes)
     run.note(data_sha256=hashes)
     Console(quiet=not first_process()).print(table, *why, sep="\n")
+
+
+def by_source(stage: str, sources: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """A stage's sources and the hashes of their files as `check_data` takes them. One's own files may lie elsewhere next time, and two of
+    one name are told by both hashes."""
+    hashes: dict[str, str] = {}
+    for source, sha256 in sources:
+        key = wherever(f"{stage}/{source}")
+        hashes[key] = hashes.get(key, "") + sha256
+    return hashes
 
 
 def wherever(name: str) -> str:
@@ -140,7 +148,7 @@ def check_data(run: Run, hashes: Mapping[str, str]) -> None:
     """
     before = {wherever(name): sha for name, sha in run.facts.get("data_sha256", {}).items()}
     other = sorted(name for name in before.keys() & hashes if before[name] != hashes[name])
-    if other and any(run.finished(stage) or resume.checkpoints(run.folder / stage) for stage in build.STAGES):
+    if other and run.begun:
         first = other[0]
         raise ValueError(
             f"{run.folder} was begun with other data: {', '.join(other)} changed (sha256 {before[first][:12]} then, {hashes[first][:12]} "

@@ -15,10 +15,8 @@ wrong.html       the wrong answers, to be filtered; of another protocol all thre
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
@@ -33,6 +31,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from mvlm.data.lock import taken
 from mvlm.trust import check_config, load_config, read_json, refuse_secrets
 
 MACHINE_KEYS = (
@@ -65,8 +64,6 @@ MACHINE_KEYS = (
 
 PLACED = ("data.pretrain", "data.finetune", "data.images", "exclude")
 """Keys that name one's own files."""
-
-log = logging.getLogger(__name__)
 
 REQUEUE = 75
 """Exit code of a process that was told to stop (SIGTERM, SIGUSR1), has saved itself and can be started again: EX_TEMPFAIL of sysexits.h."""
@@ -164,6 +161,11 @@ def cell_name(cfg: DictConfig, hydra: DictConfig | None = None) -> str:
     return f"{name}-{hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:6]}"
 
 
+def folder_of(cfg: DictConfig, hydra: DictConfig | None = None) -> Path:
+    """The run folder of a configuration; `hydra` as in `cell_name`. Names that are numbers on the command line are names."""
+    return Path(str(cfg.runs)) / str(cfg.cell or cell_name(cfg, hydra))
+
+
 def beside(protocol: str) -> str:
     """What the names of another protocol's files and figures end in, so that they stand beside the paper's."""
     return "" if protocol == "paper" else f"-{protocol}"
@@ -179,9 +181,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self._own: dict[str, Any] | None = (
-            None  # the configuration that this process was started with, which may name whatever it likes
-        )
+        # The configuration that this process was started with, which may name whatever it likes.
+        self._own: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, cfg: DictConfig) -> Run:
@@ -193,7 +194,7 @@ class Run:
         """
         resolved = OmegaConf.to_container(cfg, resolve=True)
         refuse_secrets(resolved)
-        run = cls(Path(str(cfg.runs)) / str(cfg.cell or cell_name(cfg)))
+        run = cls(folder_of(cfg))
         run._own = resolved
         if not first_process():
             run.wait()
@@ -229,8 +230,7 @@ class Run:
         """What the folder's configuration says otherwise than this one; nothing if nothing was trained or answered by it yet.
 
         Pictures are not hashed: if the folder that they were in is still there, another one holds others."""
-        begun = any(next(self.folder.glob(made), None) for made in ("*/stage.json", "*/step-*", "answers/*"))
-        if not begun or not (self.folder / "config.yaml").exists():
+        if not self.begun or not (self.folder / "config.yaml").exists():
             return []
         there, here = self.config_dict(), OmegaConf.to_container(cfg, resolve=True)
         other = differences(content(there), content(here))
@@ -238,6 +238,11 @@ class Run:
         if was and now and Path(was).exists() and os.path.realpath(was) != os.path.realpath(now):
             other.append(f"  data.images: {was!r} there, which is still there, {now!r} here")
         return other
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was trained or answered here."""
+        return any(next(self.folder.glob(made), None) for made in ("*/stage.json", "*/step-*", "answers/*"))
 
     def wait(self) -> None:
         """Until the first process has opened the folder.
@@ -265,19 +270,13 @@ class Run:
             return
         me = f"process {os.getpid()} on {platform.node()}"
         held = open(self.folder / ".lock", "a+")  # noqa: SIM115 (closed when the process ends)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not taken(held):
             held.seek(0)
             owner = held.read()
             held.close()
             if owner == me:  # an earlier look at the same folder, in a notebook say
                 return
-            raise ValueError(f"{self.folder} is being trained by {owner}: wait for it, or end it") from None
-        except OSError as error:  # a file system without locks, as Lustre's may be
-            log.warning(
-                "%s can't be locked (%s): nothing keeps two processes from training there at once", self.folder, error
-            )
+            raise ValueError(f"{self.folder} is being trained by {owner}: wait for it, or end it")
         held.truncate(0)
         held.write(me)
         held.flush()
@@ -288,14 +287,8 @@ class Run:
         """Whether a living process trains here."""
         if not (self.folder / ".lock").exists():
             return False
-        with open(self.folder / ".lock", "a+") as file:  # NFS locks what is open to be read
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-        return False
+        with open(self.folder / ".lock", "a+") as file:
+            return not taken(file, shared=True)
 
     @property
     def config(self) -> DictConfig:

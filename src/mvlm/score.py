@@ -367,18 +367,21 @@ def show(results: dict[str, Any], run: Run) -> None:
     for name, cells in rows(results).items():
         printed.add_row(name, *(cells.get(column, "") for column in (*views, "items")))
     Console().print(printed)
-    gaps = [
-        results["avg"]["none"] - results["avg"][c]
-        for c in views[1:]
-        if None not in (results["avg"]["none"], results["avg"][c])
-    ]
-    if gaps and min(gaps) < 5:
-        Console().print("[yellow]The true picture gains it less than 5 points: this model has not learned to see.[/]")
+    if blind := blindness(results):
+        Console().print(f"[yellow]{blind}[/]")
     if flips := results.get("flips"):
         flipped, items = (sum(told[key] for told in flips.values()) for key in ("flipped", "items"))
         Console().print(f"answered one at a time, {flipped} of {items} answers come out otherwise")
     index, wrong = (run.folder / f"{name}{beside(results['protocol'])}.html" for name in ("index", "wrong"))
     Console().print(f"look at {index} and {wrong}", soft_wrap=True)
+
+
+def blindness(results: Mapping[str, Any]) -> str | None:
+    """What is said of a model whose Avg a control comes near to; None where none does, or there is no Avg."""
+    true, *others = results["avg"].values()
+    if any(None not in (true, other) and true - other < 5 for other in others):
+        return "The true picture gains it less than 5 points: this model has not learned to see."
+    return None
 
 
 def counted(score: dict[str, Any], generated: bool) -> str:

@@ -14,7 +14,6 @@ waits, so no cell sees another's memory, devices or W&B run, and nothing live is
 from __future__ import annotations
 
 import codecs
-import fcntl
 import os
 import re
 import signal
@@ -46,8 +45,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mvlm.cli import CONF, ROOT, check_overrides, nearest
+from mvlm.data.lock import taken
 from mvlm.plan import physical_memory
-from mvlm.run import REQUEUE, Run, cell_name, differences, duration, file_hash, flatten, write_json
+from mvlm.run import REQUEUE, Run, differences, duration, file_hash, flatten, folder_of, write_json
 from mvlm.trust import read_json
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Cell:
         return cls(
             tuple(overrides),
             cfg,
-            Run(Path(str(cfg.runs)) / cell_name(cfg, full.hydra)),
+            Run(folder_of(cfg, full.hydra)),
             tuple(rows),
             dict(full.hydra.runtime.choices),
         )
@@ -288,13 +288,11 @@ def check_cell(cell: Cell, jobs: int | None, looked_at: set) -> Plan:
     if jobs is not None:
         fits(cfg, made, world, jobs)
     files = build.corpus(cfg)  # the pocket world is made here, before several cells want it at once
-    begun = cell.run.facts.get("data_sha256")
-    hashes = {"exclude": hashed(cfg.exclude)} if begun and cfg.exclude else {}
+    hashes = {"exclude": hashed(cfg.exclude)} if cell.run.begun and cfg.exclude else {}
     for stage in build.STAGES:
-        for source in sources_of(files, list(cfg.data[stage]), cfg.data.get("images")):
-            if begun:
-                key = fit.wherever(f"{stage}/{source.name}")
-                hashes[key] = hashes.get(key, "") + hashed(source.annotations)
+        sources = sources_of(files, list(cfg.data[stage]), cfg.data.get("images"))
+        if cell.run.begun:
+            hashes |= fit.by_source(stage, ((source.name, hashed(source.annotations)) for source in sources))
     fit.check_data(cell.run, hashes)
     scored = {"folder": cfg.benchmark_root, "protocol": cfg.protocol, "any_version": cfg.any_version}
     key = (files.root, *scored.values(), *cfg.benchmark)
@@ -386,7 +384,7 @@ def train(cfg: DictConfig) -> str:
         The cell's state: done, failed or killed; `running` if another process has it.
     """
     hydra = HydraConfig.get()
-    cell = Cell(tuple(hydra.overrides.task), cfg, Run(Path(str(cfg.runs)) / cell_name(cfg, hydra)), ())
+    cell = Cell(tuple(hydra.overrides.task), cfg, Run(folder_of(cfg, hydra)), ())
     if (before := cell.state()) in ("done", "running"):
         return before
     resumed = (cell.run.folder / "config.yaml").exists()
@@ -399,7 +397,7 @@ def train(cfg: DictConfig) -> str:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     try:
         with (
-            a_gpu(Path(str(cfg.runs)), jobs) as gpu,
+            a_gpu(cell.run.folder.parent, jobs) as gpu,
             Log(cell.run.folder / f"log{rank or ''}.txt", show=jobs == 1) as log,
         ):
             command = [sys.executable, str(ROOT / "train.py"), *cell.overrides]
@@ -490,12 +488,9 @@ def a_gpu(folder: Path, jobs: int | None) -> Iterator[dict[str, str]]:
     while True:
         for name in names:
             with open(folder / f".gpu-{name}", "a") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    continue
-                yield {"CUDA_VISIBLE_DEVICES": name}
-                return
+                if taken(file):
+                    yield {"CUDA_VISIBLE_DEVICES": name}
+                    return
         time.sleep(1)
 
 

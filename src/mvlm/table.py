@@ -412,8 +412,9 @@ def tables(
             "pairs": [],
         }
         keys = list(dict.fromkeys(key for sets in swept.rows.values() for key in sets))
+        said = {row: {key: next(iter(some.values())).value(key) for key in keys} for row, some in cells.items()}
         for row, some in cells.items():
-            sets = {key: next(iter(some.values())).value(key) for key in keys}
+            sets = said[row]
             entry = {
                 "row": row,
                 "model": sets.get("model", model),
@@ -424,9 +425,7 @@ def tables(
             entry |= {"paper": paper.get(row), "paper_model": swept.rows[row].get("model", PAPER_MODEL)}
             report["rows"].append(entry)
         for upper, lower in pairwise(swept.rows):
-            one, two = (
-                next(entry["sets"] for entry in report["rows"] if entry["row"] == row) for row in (upper, lower)
-            )
+            one, two = said[upper], said[lower]
             changes = {key: [one[key], two[key]] for key in keys if one[key] != two[key]}
             report["pairs"].append(neighbours(upper, lower, sides, answers, draws) | {"changes": changes})
         entries = [entry for pair in report["pairs"] for entry in (*pair["benchmarks"].values(), pair["avg"]) if entry]

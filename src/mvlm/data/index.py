@@ -8,7 +8,6 @@ samples, nearly all of them for the checks; `python bench.py target=index` measu
 from __future__ import annotations
 
 import codecs
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,6 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import rich.progress
+
+from mvlm.data.lock import taken
 
 SCHEMA = pa.schema(
     {"record": pa.binary(), "image": pa.binary(), "words": pa.int32(), "problem": pa.string()},
@@ -337,10 +338,6 @@ def _stamp(annotations: Path) -> list[Any]:
 
 def _wait_for(lock: Any, annotations: Path) -> None:
     """Take the lock; the system itself drops it when this process ends, however it ends."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not taken(lock):
         log.warning("another process indexes %s; waiting for it", annotations)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:  # a file system without locks, as Lustre's may be: then each process may build it, and the last one's stays
-        log.warning("the index of %s can't be locked (%s)", annotations, error)
+        taken(lock, wait=True)

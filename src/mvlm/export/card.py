@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mvlm.data.image import LETTERBOX_COLOUR
-from mvlm.export.class_token import CURE, PATCH
+from mvlm.export.class_token import CURE, FILE, PATCH, RIGHT
 from mvlm.export.engine import BUILD
 
 HEAD = ("", "embeddings", "answers", "tokens", "log-prob: first, any", "gate")
@@ -195,8 +195,8 @@ def jetson(about: dict[str, Any]) -> str:
     mend = f"\n    {PATCH}  # the class token" if needed else ""
     own = f"{BUILD}-mended" if needed else BUILD  # beside one as it comes, for other models
     ask = ask_command(about, '"$picture"', '"$3"', '"$bin/llama-mtmd-cli"')
-    mended = """
-if ! grep -qF 'ggml_concat(ctx0, model.class_embedding, inp, 1)' "$llama/tools/mtmd/models/llava.cpp"; then
+    mended = f"""
+if ! grep -qF '{RIGHT}' "$llama/{FILE}"; then
     echo "$llama misplaces the class token, and this model would see next to nothing: see README.md" >&2
     exit 1
 fi"""

@@ -16,15 +16,12 @@ from torch import Tensor
 
 from mvlm.model.vision import Vision
 
-CURE = (
-    "Build a llama.cpp in which tools/mtmd/models/llava.cpp joins ggml_concat(ctx0, model.class_embedding, inp, 1), "
-    "the class token first: that one line is right to float16's precision."
-)
+FILE, RIGHT = "tools/mtmd/models/llava.cpp", "ggml_concat(ctx0, model.class_embedding, inp, 1)"
+"""Where llama.cpp joins the two, and how it must."""
 
-PATCH = (
-    "sed -i 's/ggml_concat(ctx0, inp, model.class_embedding, 1)/ggml_concat(ctx0, model.class_embedding, inp, 1)/' "
-    '"$llama/tools/mtmd/models/llava.cpp"'
-)
+CURE = f"Build a llama.cpp in which {FILE} joins {RIGHT}, the class token first: that one line is right to float16's precision."
+
+PATCH = f"sed -i 's/ggml_concat(ctx0, inp, model.class_embedding, 1)/{RIGHT}/' \"$llama/{FILE}\""
 """The same as a command, `$llama` being the folder of llama.cpp."""
 
 

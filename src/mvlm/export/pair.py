@@ -58,8 +58,8 @@ class Pair:
         """Why a llama.cpp may see next to nothing with these files, unless it is the one that they were proven to be seen by."""
         if not self.about.get("needs a mended llama.cpp"):
             return None
-        seen = [one.get("class_token") == "faithful" for one in self.about.get("parity", [])[:1]]
-        if seen == [True] and self.about.get("engine") == engine:
+        proven = next(iter(self.about.get("parity", [])), {})
+        if proven.get("class_token") == "faithful" and self.about.get("engine") == engine:
             return None
         return f"A llama.cpp as it comes misplaces the class token, and these files' model sees next to nothing through it. {CURE}"
 

@@ -338,9 +338,8 @@ def _plan_vision(vision: Vision, source: Path) -> tuple[Plan, Loaded]:
             not name.startswith(prefix) or (name.startswith(POOLED) and name not in known) or name.endswith(RECOMPUTED)
         ),
     )
-    if (
-        places is own
-    ):  # the norm that follows the last block is never run, and a tower with another way to pool has none
+    if places is own:
+        # The norm that follows the last block is never run, and a tower with another way to pool has none.
         places = [place for place in own if place.theirs[0] in tensors or not place.ours.startswith("norm.")]
     cure = f"Build the tower that these weights are of (this one: {vision.arguments})."
     return _plan(tower, places, tensors, source, cure), Loaded(len(tensors), skipped, str(source))

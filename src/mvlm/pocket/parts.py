@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.data.cache import cache_folder
+from mvlm.data.lock import taken
 
 VISION_ARGUMENTS: dict[str, Any] = {
     "model_name": "vit_small_patch14_dinov2",
@@ -344,7 +344,7 @@ def _finished(folder: Path, part: Part) -> bool:
 def _lock(path: Path) -> Iterator[None]:
     """Held by one process at a time; the system lets go of it when its holder dies, so nothing stale can remain."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        taken(file, wait=True)
         yield
 
 

@@ -66,7 +66,6 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
         Unproven: the gate did not pass; parity.json tells all of it.
     """
     chat, engine, found = source.chat, Engine.of(cfg), scores.opened(cfg, source.run) if cfg.scores else []
-    mend = has_class_token(chat.model.vision)  # however the engine at hand orders it: most builds do it wrongly
     f16, wanted, mmproj = (folder / f"{part}.gguf" for part in ("language-f16", f"language-{cfg.quant}", "mmproj-f16"))
     vocabulary = tokenizer.vocabulary(chat.words, source.tokenizer, chat.model.language.config.vocab_size)
     # Taken before the gate reads the quantised weights into the model.
@@ -88,8 +87,7 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
         if faults := [f"{parity.quant}: {fault}" for parity in parities for fault in parity.faults]:
             write_json(folder / "parity.json", [parity.as_dict() for parity in parities])
             raise Unproven(f"{engine.name} does not compute what PyTorch does:\n  " + "\n  ".join(faults))
-    misordered = any(parity.class_token == "misordered" for parity in parities)
-    if cfg.scores and misordered:
+    if cfg.scores and _misordered(parities):
         Console().print("[bold yellow]Not scored: what sees next to nothing would be no score of these files.[/]")
     elif cfg.scores:
         with _progress() as progress:
@@ -97,6 +95,7 @@ def write(folder: Path, source: Source, cfg: DictConfig) -> None:
         _show_scores(source, measured, cfg.quant)
     if wanted != f16:
         f16.unlink()
+    mend = has_class_token(chat.model.vision)  # however the engine at hand orders it: most builds do it wrongly
     end = ".needs-mended-llama.cpp" * mend + ".unproven" * (not parities)
     wanted = wanted.rename(folder / f"{source.name}-{cfg.quant}{end}.gguf")
     mmproj = mmproj.rename(folder / f"mmproj-{source.name}-f16{end}.gguf")
@@ -173,11 +172,16 @@ def _show_parity(source: Source, engine: Engine, parities: list[Parity]) -> None
     for parity in parities:
         for tie in parity.ties:
             Console().print(f"{parity.quant}: {tie}: a near tie")
-    if any(parity.class_token == "misordered" for parity in parities):
+    if _misordered(parities):
         told = (
             f"{engine.name} misplaces the class token and would see next to nothing with these files, which are right."
         )
         Console().print(f"[bold yellow]{told} {class_token.CURE}[/]")
+
+
+def _misordered(parities: list[Parity]) -> bool:
+    """Whether the engine at hand was seen to misplace the class token."""
+    return any(parity.class_token == "misordered" for parity in parities)
 
 
 def _show_scores(source: Source, measured: dict[str, Any], quant: str) -> None:

@@ -285,9 +285,7 @@ def _scores(run: Run) -> Iterator[str]:
         cells = score.rows(results)
         head = ["benchmark", *(CONTROLS[view] for view in views), "questions"]
         yield table(head, [[name, *(row.get(view, "") for view in (*views, "items"))] for name, row in cells.items()])
-        avg = results["avg"]
-        gains = [avg["none"] - avg[view] for view in views[1:] if None not in (avg["none"], avg[view])]
-        if gains and min(gains) < 5:
-            yield "**The true picture gains it less than 5 points: this model has not learned to see.**"
+        if blind := score.blindness(results):
+            yield f"**{blind}**"
         if len(views) == 1:
             yield "The controls were not measured."
